@@ -1,0 +1,3 @@
+//! Hard-isolated containers, each with a kernel of its own.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! OCI image store: load, pull, EROFS conversion, garbage collection.

@@ -1,0 +1,1 @@
+//! Sandbox life cycle on the host: state, monitor, storage, logs.

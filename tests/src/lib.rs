@@ -1,0 +1,1 @@
+//! Whole-system tests and the emulated KVM host they run on.

@@ -1,0 +1,1 @@
+//! A KVM microVM monitor: machine, devices, control API.
