@@ -6,6 +6,10 @@
 //! | 1024 in the guest | agent | ttrpc, service `bulkhead.agent.v1.Agent` |
 //! | 1025 in the guest | agent | streams: [`agent::StreamHello`], [`agent::StreamReply`], then raw bytes |
 
+pub mod client;
+pub mod stream;
+pub mod wire;
+
 /// Messages of `proto/agent.proto`.
 #[allow(missing_docs)]
 pub mod agent {
@@ -14,6 +18,8 @@ pub mod agent {
 
 /// Raised when host and agent could no longer understand each other.
 pub const PROTOCOL_VERSION: u32 = 1;
+/// ttrpc service name of the agent.
+pub const AGENT_SERVICE: &str = "bulkhead.agent.v1.Agent";
 /// vsock port of the agent's ttrpc service in the guest, and of the host's ready listener.
 pub const AGENT_PORT: u32 = 1024;
 /// vsock port of the agent's stream service in the guest.
