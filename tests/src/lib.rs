@@ -1,1 +1,11 @@
-//! Whole-system tests and the emulated KVM host they run on.
+//! Whole-system tests and the emulated KVM host they run on. `tests/README.md` says how to use it.
+//!
+//! | module | what it does |
+//! |---|---|
+//! | [`emulated`] | the KVM host in QEMU: boots once, saves its state, resumes in a fraction of a second |
+//! | [`initramfs`] | writes the guest's initramfs |
+//! | [`workspace`] | where things are in the source tree, and how to build cached things once |
+
+pub mod emulated;
+pub mod initramfs;
+pub mod workspace;
