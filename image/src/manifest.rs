@@ -1,0 +1,1 @@
+//! OCI indexes and manifests.
