@@ -1,0 +1,62 @@
+# Two commands matter: `make demo` and `make test`. Both install what is missing, build, and say what they do.
+
+TARGET  := $(or $(CARGO_TARGET_DIR),target)
+RELEASE := $(TARGET)/x86_64-unknown-linux-gnu/release
+CACHE   := .cache
+PREFIX  ?= /usr/local
+say      = @printf '\033[1m==> %s\033[0m\n' "$(1)"
+
+.PHONY: all demo test test-unit test-system bench check install clean deps binaries kernel initramfs images
+
+all: binaries kernel initramfs
+
+demo: all images
+	$(call say,running a container in its own microVM)
+	@tests/demo $(RELEASE)
+
+test: test-unit test-system
+
+test-unit: deps
+	$(call say,unit and property tests)
+	cargo test --workspace --exclude tests
+
+test-system: all images
+	$(call say,whole-system tests)
+	cargo test -p tests
+
+bench: all images
+	$(call say,figures: virtual time beside runc and crun)
+	benches/run $(RELEASE)
+
+check:
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps --document-private-items
+	tests/check-files
+	@if command -v cargo-deny >/dev/null; then cargo deny check; else echo 'cargo-deny is not here: licences and advisories not checked'; fi
+
+deps:
+	@tests/deps
+
+binaries: deps
+	$(call say,building bulkhead and its monitor and its agent)
+	cargo build --release -p bulkhead -p vmm -p guest-agent
+
+kernel: deps
+	$(call say,guest kernel: built once and then kept in $(CACHE))
+	@kernel-config/build >/dev/null
+
+initramfs: binaries
+	@cargo run --quiet -p tests --bin mkinitramfs -- $(RELEASE)/guest-agent $(CACHE)/initramfs.cpio
+
+images: deps
+	$(call say,images from Debian packages: made once and then kept in $(CACHE))
+	@tests/images/build >/dev/null
+
+install: all
+	install -D -t $(DESTDIR)$(PREFIX)/bin $(RELEASE)/bulkhead $(RELEASE)/bulkhead-vmm
+	install -D -m 644 $(CACHE)/kernel/current/vmlinux $(DESTDIR)$(PREFIX)/share/bulkhead/vmlinux
+	install -D -m 644 $(CACHE)/initramfs.cpio $(DESTDIR)$(PREFIX)/share/bulkhead/initramfs.cpio
+
+clean:
+	rm -rf $(TARGET) $(CACHE)
