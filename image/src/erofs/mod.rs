@@ -1,18 +1,19 @@
-//! EROFS, the read-only file system of layers: our own writer and a reader.
+//! EROFS, the read-only file system of the layers: a writer and a reader of the subset that layers need.
+//!
+//! Uncompressed, 4 KiB blocks. The data of regular files comes first, in the order in which it arrives, so that a
+//! layer is written while it is being read; directories and then inodes come after it, and the superblock in block 0
+//! says where. The format is described by `fs/erofs/erofs_fs.h` and `Documentation/filesystems/erofs.rst` of Linux.
 
-use std::path::PathBuf;
+mod format;
+mod reader;
+mod stack;
+mod tree;
+mod writer;
 
-use crate::Result;
+pub use reader::{Inode, Reader};
+pub(crate) use stack::Stack;
+pub use tree::{FileData, Kind, Metadata, NodeId, Tree, Xattr};
+pub use writer::Writer;
 
-/// The layers of an image seen as one file system.
-pub(crate) struct Stack;
-
-impl Stack {
-    pub(crate) fn open(_layers: &[PathBuf]) -> Result<Self> {
-        Ok(Self)
-    }
-
-    pub(crate) fn read_file(&self, _path: &[u8], _max: u64) -> Result<Option<Vec<u8>>> {
-        Ok(None)
-    }
-}
+#[cfg(test)]
+mod tests;
