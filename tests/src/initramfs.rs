@@ -49,7 +49,8 @@ struct Archive<'a> {
 impl Archive<'_> {
     fn entry(&mut self, name: &str, mode: u32, device: (u32, u32), contents: &[u8]) -> Result<()> {
         self.inode += 1;
-        let size = u32::try_from(contents.len()).context("a file of 4 GiB or more does not fit a newc archive")?;
+        let size =
+            u32::try_from(contents.len()).context("a file of 4 GiB or more does not fit a newc archive")?;
         let name_size = u32::try_from(name.len() + 1)?;
         let links = if mode == DIRECTORY { 2 } else { 1 };
         // ino mode uid gid nlink mtime filesize devmajor devminor rdevmajor rdevminor namesize check

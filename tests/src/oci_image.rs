@@ -51,8 +51,9 @@ fn add_dir(
     owners: &Owners,
     links: &mut HashMap<(u64, u64), PathBuf>,
 ) -> Result<()> {
-    let mut names: Vec<_> =
-        fs::read_dir(root.join(dir))?.map(|entry| entry.map(|entry| entry.file_name())).collect::<Result<_, _>>()?;
+    let mut names: Vec<_> = fs::read_dir(root.join(dir))?
+        .map(|entry| entry.map(|entry| entry.file_name()))
+        .collect::<Result<_, _>>()?;
     names.sort();
     for name in names {
         let path = dir.join(name);
@@ -165,7 +166,8 @@ impl Image {
         let config = self.image_config();
         let hex = |bytes: &[u8]| digest(bytes).replace("sha256:", "");
         let config_name = format!("{}.json", hex(&config));
-        let names: Vec<String> = self.layers.iter().map(|layer| format!("{}/layer.tar", hex(&layer.tar))).collect();
+        let names: Vec<String> =
+            self.layers.iter().map(|layer| format!("{}/layer.tar", hex(&layer.tar))).collect();
         let manifest = json!([{"Config": config_name, "RepoTags": [self.name], "Layers": names}]);
         let mut archive = tar::Builder::new(output);
         for (name, layer) in names.iter().zip(&self.layers) {

@@ -37,7 +37,11 @@ impl Splitter {
             };
             let (before, marked) = rest.split_at(start);
             output.extend_from_slice(before);
-            let line = marked.iter().take(LONGEST).position(|byte| *byte == b'\n').map(|end| marked.split_at(end + 1));
+            let line = marked
+                .iter()
+                .take(LONGEST)
+                .position(|byte| *byte == b'\n')
+                .map(|end| marked.split_at(end + 1));
             match line.and_then(|(line, after)| marker(line).map(|event| (event, after))) {
                 Some((event, after)) => {
                     if !output.is_empty() {

@@ -40,27 +40,39 @@ impl State {
             host.wait_ready(Duration::from_secs(180)).context("boot the emulated host")?;
             host.qemu.save(dir)
         })?;
+        forget_old("booted-", &dir, 2)?;
         Ok(Self { dir })
     }
 
-    /// The host after `command` ran in it with `folder` readable on /host: the way to put files into it once for many
-    /// uses. `key` names the result; the same key again answers the state saved before.
-    pub fn staged(&self, key: &str, folder: &Path, command: &str) -> Result<Self> {
+    /// The host after `command` ran in it with what `prepare` wrote on /host: the way to put files into it once for
+    /// many uses. `key` names the result; the same key again answers the state saved before.
+    pub fn staged(
+        &self,
+        key: &str,
+        prepare: impl FnOnce(&Path) -> Result<()>,
+        command: &str,
+    ) -> Result<Self> {
         let name = format!("staged-{}", workspace::key([&*self.dir.to_string_lossy(), command, key]));
         let dir = workspace::cached_dir(&workspace::host_cache(), &name, |dir| {
-            let mut host = Running::start(Qemu::resume(&self.dir, Clock::Leaping, Some(folder), Some(dir))?)?;
-            host.wait_ready(Duration::from_secs(30))?;
+            let folder = tempfile::Builder::new().prefix("emulated-host-").tempdir()?;
+            prepare(folder.path())?;
+            let mut host =
+                Running::start(Qemu::resume(&self.dir, Clock::Leaping, Some(folder.path()), Some(dir))?)?;
+            host.wake()?;
             let mut output = Vec::new();
             let status = host.command(&with_share(command), &mut output, Duration::from_secs(300))?;
             if status != 0 {
                 let output = String::from_utf8_lossy(&output).into_owned();
-                bail!("staging in the emulated host failed with status {status}:\n{output}\n{}", host.console());
+                bail!(
+                    "staging in the emulated host failed with status {status}:\n{output}\n{}",
+                    host.console()
+                );
             }
             host.wait_ready(Duration::from_secs(30))?;
             host.qemu.save(dir)
         })?;
         // Their memory is some hundred megabytes each; a copy still in use stays alive without its name.
-        forget_old("staged-", &dir, 3)?;
+        forget_old("staged-", &dir, 6)?;
         Ok(Self { dir })
     }
 }
@@ -89,7 +101,7 @@ pub struct Outcome {
 pub fn run(state: &State, command: &str, options: &Options<'_>, output: &mut dyn Write) -> Result<Outcome> {
     let _slot = Slot::take()?;
     let mut host = Running::start(Qemu::resume(&state.dir, options.clock, options.share, None)?)?;
-    host.wait_ready(Duration::from_secs(30)).context("resume the emulated host")?;
+    host.wake()?;
     let command = if options.share.is_some() { with_share(command) } else { command.to_string() };
     let status = host.command(&command, output, options.backstop)?;
     Ok(Outcome { status, console: host.console() })
@@ -130,11 +142,14 @@ impl Running {
         Ok(host)
     }
 
-    /// Waits until the host takes a command. A resumed host said so before it was saved: it is asked again.
+    /// Waits until a resumed host takes a command. It said that it does before it was saved, so it is asked again.
+    fn wake(&mut self) -> Result<()> {
+        self.qemu.type_line(":")?;
+        self.wait_ready(Duration::from_secs(30)).context("resume the emulated host")
+    }
+
+    /// Waits until the host says that it takes a command: once after its boot and after each command.
     fn wait_ready(&mut self, patience: Duration) -> Result<()> {
-        if self.qemu.resumed() {
-            self.qemu.type_line(":")?;
-        }
         self.until(patience, &mut std::io::sink(), |event| matches!(event, Event::Ready).then_some(()))
     }
 
@@ -166,7 +181,10 @@ impl Running {
                     }
                 }
                 Err(RecvTimeoutError::Timeout) => {
-                    bail!("the emulated host did not answer within {patience:?} of real time\n{}", self.console())
+                    bail!(
+                        "the emulated host did not answer within {patience:?} of real time\n{}",
+                        self.console()
+                    )
                 }
                 Err(RecvTimeoutError::Disconnected) => {
                     bail!("the emulated host went down\n{}", self.console())

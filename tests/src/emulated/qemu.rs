@@ -15,8 +15,23 @@ const PROGRAM: &str = "qemu-system-x86_64";
 const MEMORY: &str = "4096M";
 /// The machine. Saved states are bound to it: see [`identity`].
 const MACHINE: &[&str] = &[
-    "-accel", "tcg,thread=single", "-cpu", "EPYC,+svm", "-smp", "1", "-m", MEMORY, "-machine", "q35,memory-backend=ram",
-    "-display", "none", "-vga", "none", "-nodefaults", "-no-user-config", "-no-reboot",
+    "-accel",
+    "tcg,thread=single",
+    "-cpu",
+    "EPYC,+svm",
+    "-smp",
+    "1",
+    "-m",
+    MEMORY,
+    "-machine",
+    "q35,memory-backend=ram",
+    "-display",
+    "none",
+    "-vga",
+    "none",
+    "-nodefaults",
+    "-no-user-config",
+    "-no-reboot",
 ];
 /// `no_timer_check` and the rest spare instructions; the log goes to the second serial port.
 const KERNEL_COMMAND_LINE: &str = "console=ttyS1 panic=-1 mitigations=off no_timer_check nowatchdog quiet";
@@ -65,7 +80,8 @@ impl Qemu {
     pub fn resume(dir: &Path, clock: Clock, share: Option<&Path>, save_to: Option<&Path>) -> Result<Self> {
         let mut memory = ram(&dir.join("memory"), false);
         if let Some(target) = save_to {
-            let copied = Command::new("cp").arg("--sparse=always").arg(dir.join("memory")).arg(target).status()?;
+            let copied =
+                Command::new("cp").arg("--sparse=always").arg(dir.join("memory")).arg(target).status()?;
             if !copied.success() {
                 bail!("cannot copy the memory of the saved host to {}: is the disk full?", target.display());
             }
@@ -98,12 +114,10 @@ impl Qemu {
         command.args(["-fsdev", &format!("local,id=host,path={share},security_model=none,multidevs=remap")]);
         command.args(["-device", "virtio-9p-pci,fsdev=host,mount_tag=host"]);
         let errors = fs::File::create(work.path().join("errors"))?;
-        let mut process = command
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(errors)
-            .spawn()
-            .with_context(|| format!("start {PROGRAM}; is it installed? (apt-get install qemu-system-x86)"))?;
+        let mut process =
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(errors).spawn().with_context(
+                || format!("start {PROGRAM}; is it installed? (apt-get install qemu-system-x86)"),
+            )?;
         let monitor = Monitor::connect(&socket, &mut process).inspect_err(|_| {
             let _ = process.kill();
         });
@@ -114,16 +128,12 @@ impl Qemu {
         Ok(Self { process, monitor, work, saved })
     }
 
-    /// Whether it comes from a saved state.
-    pub fn resumed(&self) -> bool {
-        self.saved.is_some()
-    }
-
     /// Lets the machine run.
     pub fn go(&mut self) -> Result<()> {
         if let Some(devices) = self.saved.clone() {
             self.monitor.skip_memory_in_migration()?;
-            self.monitor.ask("migrate-incoming", json!({"uri": format!("exec:cat '{}'", devices.display())}))?;
+            self.monitor
+                .ask("migrate-incoming", json!({"uri": format!("exec:cat '{}'", devices.display())}))?;
             let end = Instant::now() + Duration::from_secs(30);
             loop {
                 let status = self.monitor.ask("query-status", json!({}))?;
@@ -168,7 +178,10 @@ impl Qemu {
     /// Sends one line to the host's command line.
     pub fn type_line(&mut self, line: &str) -> Result<()> {
         let stdin = self.process.stdin.as_mut().context("QEMU has no input")?;
-        stdin.write_all(line.as_bytes()).and_then(|()| stdin.write_all(b"\n")).context("send a command to the host")
+        stdin
+            .write_all(line.as_bytes())
+            .and_then(|()| stdin.write_all(b"\n"))
+            .context("send a command to the host")
     }
 
     /// What the host's kernel and QEMU itself printed, for a person.

@@ -1,0 +1,101 @@
+//! What is under test, built and laid out as an installation would be.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+
+use crate::{initramfs, workspace};
+
+/// Images loaded into the store while the host is prepared.
+const LOADED: &[&str] = &["busybox", "python", "redis"];
+
+/// Files to be put under a prefix like /usr/local.
+#[derive(Debug, Default)]
+pub struct Layout {
+    files: Vec<(PathBuf, String)>,
+}
+
+impl Layout {
+    /// Builds what is under test, as far as it is not built, and says where it goes.
+    ///
+    /// With BULKHEAD_TEST_NO_BUILD set, takes what is there.
+    pub fn product() -> Result<Self> {
+        let release = workspace::release_dir();
+        if std::env::var_os("BULKHEAD_TEST_NO_BUILD").is_none() {
+            let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+            let built = Command::new(cargo)
+                .args(["build", "--quiet", "--release", "-p", "bulkhead", "-p", "vmm", "-p", "guest-agent"])
+                .current_dir(workspace::root())
+                .stdin(Stdio::null())
+                .status()
+                .context("run cargo")?;
+            if !built.success() {
+                bail!("what is under test does not build; see cargo's messages above");
+            }
+        }
+        let agent = release.join("guest-agent");
+        let archive = release.join("bulkhead-initramfs.cpio");
+        let agent = fs::read(&agent).with_context(|| format!("read {}", agent.display()))?;
+        initramfs::write_file(&agent, &archive)?;
+        let kernel =
+            workspace::path_from_script(&workspace::root().join("kernel-config/build"))?.join("vmlinux");
+        let images = workspace::path_from_script(&workspace::root().join("tests/images/build"))?;
+
+        let mut layout = Self::default();
+        layout.add(release.join("bulkhead"), "bin/bulkhead");
+        layout.add(release.join("bulkhead-vmm"), "bin/bulkhead-vmm");
+        layout.add(kernel, "share/bulkhead/vmlinux");
+        layout.add(archive, "share/bulkhead/initramfs.cpio");
+        for image in LOADED.iter().chain(&["busybox-docker"]) {
+            layout.add(
+                images.join(format!("{image}.tar")),
+                &format!("share/bulkhead-tests/images/{image}.tar"),
+            );
+        }
+        Ok(layout)
+    }
+
+    /// This program, to run inside the host.
+    pub fn tests() -> Result<Self> {
+        let mut layout = Self::default();
+        layout.add(std::env::current_exe()?, "bin/whole-system");
+        Ok(layout)
+    }
+
+    fn add(&mut self, file: PathBuf, to: &str) {
+        self.files.push((file, to.to_string()));
+    }
+
+    /// A name for these files as they are now.
+    pub fn key(&self) -> Result<String> {
+        let prints: Vec<String> =
+            self.files.iter().map(|(file, _)| workspace::fingerprint(file)).collect::<Result<_>>()?;
+        Ok(workspace::key(prints.iter().map(String::as_str)))
+    }
+
+    /// Copies them under `prefix`.
+    pub fn lay(&self, prefix: &Path) -> Result<()> {
+        for (file, to) in &self.files {
+            let to = prefix.join(to);
+            if let Some(parent) = to.parent() {
+                fs::create_dir_all(parent)?;
+            }
+            fs::copy(file, &to).with_context(|| format!("copy {} to {}", file.display(), to.display()))?;
+        }
+        Ok(())
+    }
+}
+
+/// One line of shell that loads the images of the installation at `prefix` into its store. It succeeds whatever comes
+/// of that: a test that needs an image looks at its log first.
+pub fn load_images(prefix: &str) -> String {
+    let share = format!("{prefix}/share/bulkhead-tests");
+    let images = LOADED.join(" ");
+    format!(
+        "mkdir -p {share}/loaded; for image in {images}; do \
+         {{ timeout 300 {prefix}/bin/bulkhead image load {share}/images/$image.tar; echo status $?; }} \
+         >{share}/loaded/$image 2>&1; done"
+    )
+}
