@@ -1,1 +1,31 @@
 //! Sandbox life cycle on the host: state, monitor, storage, logs.
+//!
+//! A sandbox is a directory of state, a *supervisor* process that holds its lock for as long as it lives, and the
+//! monitor (`bulkhead-vmm`) that the supervisor starts and dies with. There is no daemon: every verb reads the state,
+//! and talks to the agent in the guest by itself.
+//!
+//! Read in this order: [`launch`] (what `run` does), [`supervise`] (what the supervisor does), [`guest`] (how the
+//! host talks to the agent), [`state`] (what is on disk).
+
+pub mod copy;
+pub mod doctor;
+mod error;
+pub mod exec;
+pub mod guest;
+pub mod launch;
+pub mod logs;
+mod monitor;
+pub mod names;
+pub mod options;
+mod paths;
+mod relay;
+mod scratch;
+mod spec;
+pub mod state;
+pub mod stop;
+pub mod supervise;
+pub mod terminal;
+pub mod trace;
+
+pub use error::{Context, Error, Result};
+pub use paths::{Artefacts, Layout};

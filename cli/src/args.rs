@@ -1,0 +1,365 @@
+//! The command line. Flags have docker's names and meanings.
+
+use std::path::PathBuf;
+
+use bulkhead_runtime::options::{
+    Tmpfs, Ulimit, parse_capability, parse_cpus, parse_signal, parse_size, parse_sysctl,
+};
+use clap::{Args, Parser, Subcommand};
+
+use crate::table::Format;
+
+/// Containers that share no kernel: each runs in a microVM of its own.
+#[derive(Debug, Parser)]
+#[command(
+    name = "bulkhead",
+    version,
+    after_help = "Examples:\n  bulkhead image load busybox.tar\n  bulkhead run --rm busybox uname -r\n  \
+                  bulkhead run -it --memory 512m --cpus 2 busybox sh\n  bulkhead doctor"
+)]
+pub struct Cli {
+    /// Keep images, containers and sockets under this directory instead of /var/lib/bulkhead and /run/bulkhead.
+    #[arg(long, global = true, value_name = "DIR", env = "BULKHEAD_ROOT")]
+    pub root: Option<PathBuf>,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Make a container from an image and run a command in it.
+    Run(Box<RunArgs>),
+    /// Run one more command in a running container.
+    Exec(ExecArgs),
+    /// List containers.
+    Ps(PsArgs),
+    /// List the processes of a container.
+    Top(OneArgs),
+    /// Show what containers use.
+    Stats(StatsArgs),
+    /// Show all about containers, as JSON.
+    Inspect(ManyArgs),
+    /// Show what a container wrote.
+    Logs(LogsArgs),
+    /// End containers: their stop signal, then SIGKILL.
+    Stop(StopArgs),
+    /// Send a signal to containers.
+    Kill(KillArgs),
+    /// Remove containers that have ended.
+    Rm(RmArgs),
+    /// Wait until containers end and print their exit status.
+    Wait(ManyArgs),
+    /// Copy files between a container and the host; `-` is not supported.
+    Cp(CpArgs),
+    /// Images.
+    #[command(subcommand)]
+    Image(ImageCommand),
+    /// Check whether this host can run sandboxes, and say what to do if not.
+    Doctor(FormatArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// Keep standard input open.
+    #[arg(short, long)]
+    pub interactive: bool,
+    /// Give the process a terminal.
+    #[arg(short, long)]
+    pub tty: bool,
+    /// Run in the background and print the container's id.
+    #[arg(short, long)]
+    pub detach: bool,
+    /// Remove the container when it has ended.
+    #[arg(long)]
+    pub rm: bool,
+    /// Name of the container.
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Replace the image's entrypoint.
+    #[arg(long, value_name = "PROGRAM")]
+    pub entrypoint: Option<String>,
+    /// Set an environment variable; a name alone takes the caller's value.
+    #[arg(short, long = "env", value_name = "NAME[=VALUE]")]
+    pub env: Vec<String>,
+    /// Read environment variables from a file, a line each.
+    #[arg(long, value_name = "FILE")]
+    pub env_file: Vec<PathBuf>,
+    /// Working directory.
+    #[arg(short, long, value_name = "DIR")]
+    pub workdir: Option<String>,
+    /// User, by name or number.
+    #[arg(short, long, value_name = "USER[:GROUP]")]
+    pub user: Option<String>,
+    /// Memory limit, like 512m. Sizes the microVM.
+    #[arg(short, long, value_name = "SIZE", value_parser = parse_size)]
+    pub memory: Option<u64>,
+    /// Number of CPUs, like 1.5. Sizes the microVM.
+    #[arg(long, value_name = "NUMBER", value_parser = parse_cpus)]
+    pub cpus: Option<u64>,
+    /// Make the root file system read-only.
+    #[arg(long)]
+    pub read_only: bool,
+    /// Mount a tmpfs.
+    #[arg(long, value_name = "DIR[:OPTIONS]", value_parser = Tmpfs::parse)]
+    pub tmpfs: Vec<Tmpfs>,
+    /// Host name.
+    #[arg(long, value_name = "NAME")]
+    pub hostname: Option<String>,
+    /// Add a capability, or ALL.
+    #[arg(long, value_name = "CAPABILITY", value_parser = parse_capability)]
+    pub cap_add: Vec<String>,
+    /// Take a capability away, or ALL.
+    #[arg(long, value_name = "CAPABILITY", value_parser = parse_capability)]
+    pub cap_drop: Vec<String>,
+    /// Limit a resource, like nofile=1024:2048.
+    #[arg(long, value_name = "NAME=SOFT[:HARD]", value_parser = Ulimit::parse)]
+    pub ulimit: Vec<Ulimit>,
+    /// Set a kernel parameter in the container's namespaces.
+    #[arg(long, value_name = "NAME=VALUE", value_parser = parse_sysctl)]
+    pub sysctl: Vec<(String, String)>,
+    /// Largest number of processes; -1 for no limit.
+    #[arg(long, value_name = "NUMBER", allow_negative_numbers = true)]
+    pub pids_limit: Option<i64>,
+    /// Size of the writable layer, like 2g; 0 keeps it in the guest's memory [default: 10g, taken as it is used].
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub storage: Option<u64>,
+    /// Signal that `stop` sends.
+    #[arg(long, value_name = "SIGNAL")]
+    pub stop_signal: Option<String>,
+    /// Keys that leave a terminal with the container running [default: ctrl-p,ctrl-q].
+    #[arg(long, value_name = "KEYS")]
+    pub detach_keys: Option<String>,
+    /// Image: a name, an id, or the beginning of an id.
+    pub image: String,
+    /// Command and arguments instead of the image's.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    pub command: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct ExecArgs {
+    /// Keep standard input open.
+    #[arg(short, long)]
+    pub interactive: bool,
+    /// Give the process a terminal.
+    #[arg(short, long)]
+    pub tty: bool,
+    /// Run in the background.
+    #[arg(short, long)]
+    pub detach: bool,
+    /// Set an environment variable; a name alone takes the caller's value.
+    #[arg(short, long = "env", value_name = "NAME[=VALUE]")]
+    pub env: Vec<String>,
+    /// Read environment variables from a file, a line each.
+    #[arg(long, value_name = "FILE")]
+    pub env_file: Vec<PathBuf>,
+    /// Working directory.
+    #[arg(short, long, value_name = "DIR")]
+    pub workdir: Option<String>,
+    /// User, by name or number.
+    #[arg(short, long, value_name = "USER[:GROUP]")]
+    pub user: Option<String>,
+    /// Give the process every capability.
+    #[arg(long)]
+    pub privileged: bool,
+    /// Keys that leave a terminal with the process running [default: ctrl-p,ctrl-q].
+    #[arg(long, value_name = "KEYS")]
+    pub detach_keys: Option<String>,
+    /// Name, id, or the beginning of an id.
+    pub container: String,
+    /// Command and arguments.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+    pub command: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct PsArgs {
+    /// Also those that have ended.
+    #[arg(short, long)]
+    pub all: bool,
+    /// Only ids.
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// Ids in full.
+    #[arg(long)]
+    pub no_trunc: bool,
+    /// How to print.
+    #[arg(long, value_enum, default_value_t)]
+    pub format: Format,
+}
+
+#[derive(Debug, Args)]
+pub struct StatsArgs {
+    /// How to print.
+    #[arg(long, value_enum, default_value_t)]
+    pub format: Format,
+    /// Containers; all that run when none is named.
+    pub containers: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct OneArgs {
+    /// How to print.
+    #[arg(long, value_enum, default_value_t)]
+    pub format: Format,
+    /// Name, id, or the beginning of an id.
+    pub container: String,
+}
+
+#[derive(Debug, Args)]
+pub struct ManyArgs {
+    /// Names, ids, or beginnings of ids.
+    #[arg(required = true)]
+    pub containers: Vec<String>,
+    /// JSON is all there is; accepted for scripts.
+    #[arg(long, value_enum)]
+    pub format: Option<Format>,
+}
+
+#[derive(Debug, Args)]
+pub struct LogsArgs {
+    /// Go on until the container ends.
+    #[arg(short, long)]
+    pub follow: bool,
+    /// Only the last lines.
+    #[arg(short = 'n', long, value_name = "NUMBER")]
+    pub tail: Option<usize>,
+    /// Put the time before each line.
+    #[arg(short, long)]
+    pub timestamps: bool,
+    /// Only what was written in the last seconds.
+    #[arg(long, value_name = "SECONDS")]
+    pub since: Option<u64>,
+    /// Name, id, or the beginning of an id.
+    pub container: String,
+}
+
+#[derive(Debug, Args)]
+pub struct StopArgs {
+    /// Seconds to wait before SIGKILL; -1 waits for ever.
+    #[arg(short, long, default_value_t = 10, allow_negative_numbers = true)]
+    pub time: i64,
+    /// Names, ids, or beginnings of ids.
+    #[arg(required = true)]
+    pub containers: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct KillArgs {
+    /// Signal, by name or number.
+    #[arg(short, long, default_value = "KILL", value_parser = parse_signal)]
+    pub signal: u32,
+    /// Names, ids, or beginnings of ids.
+    #[arg(required = true)]
+    pub containers: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct RmArgs {
+    /// End a running container first; no error for one that does not exist.
+    #[arg(short, long)]
+    pub force: bool,
+    /// Names, ids, or beginnings of ids.
+    #[arg(required = true)]
+    pub containers: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct CpArgs {
+    /// `CONTAINER:PATH` or a path of the host.
+    pub from: String,
+    /// `CONTAINER:PATH` or a path of the host.
+    pub to: String,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ImageCommand {
+    /// Add the images of an OCI layout or docker-save archive.
+    Load(LoadArgs),
+    /// Fetch an image from a registry.
+    Pull(PullArgs),
+    /// List images.
+    Ls(ImageLsArgs),
+    /// Show all about images, as JSON.
+    Inspect(ImagesArgs),
+    /// Remove images.
+    Rm(ImageRmArgs),
+    /// Give an image one more name.
+    Tag(TagArgs),
+    /// Remove images without a name, and layers that nothing needs.
+    Prune(PruneArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct LoadArgs {
+    /// Only the ids of what was loaded.
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// Also: the archive, as docker has it.
+    #[arg(short, long, value_name = "FILE", conflicts_with = "file")]
+    pub input: Option<PathBuf>,
+    /// The archive, or an OCI layout directory; `-` is standard input.
+    #[arg(required_unless_present = "input")]
+    pub file: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub struct PullArgs {
+    /// No progress, only the id.
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// Speak plain HTTP to the registry (loopback registries are spoken to so by default).
+    #[arg(long)]
+    pub plain_http: bool,
+    /// Like registry.example/name:tag or name@sha256:…
+    pub reference: String,
+}
+
+#[derive(Debug, Args)]
+pub struct ImageLsArgs {
+    /// Only ids.
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// How to print.
+    #[arg(long, value_enum, default_value_t)]
+    pub format: Format,
+}
+
+#[derive(Debug, Args)]
+pub struct ImagesArgs {
+    /// Names, ids, or beginnings of ids.
+    #[arg(required = true)]
+    pub images: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct ImageRmArgs {
+    /// Also images that containers use.
+    #[arg(short, long)]
+    pub force: bool,
+    /// Names, ids, or beginnings of ids.
+    #[arg(required = true)]
+    pub images: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct TagArgs {
+    /// Name, id, or the beginning of an id.
+    pub image: String,
+    /// The new name.
+    pub name: String,
+}
+
+#[derive(Debug, Args)]
+pub struct PruneArgs {
+    /// All images that no container uses, with or without a name.
+    #[arg(short, long)]
+    pub all: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct FormatArgs {
+    /// How to print.
+    #[arg(long, value_enum, default_value_t)]
+    pub format: Format,
+}

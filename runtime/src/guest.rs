@@ -1,0 +1,103 @@
+//! How the host talks to the agent in a guest: through the monitor's vsock socket.
+
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use bulkhead_protocol::agent::stream_hello::Kind;
+use bulkhead_protocol::agent::{StreamHello, StreamReply};
+use bulkhead_protocol::client::Client;
+use bulkhead_protocol::{AGENT_PORT, AGENT_SERVICE, STREAM_PORT, stream};
+
+use crate::{Context, Error, Result};
+
+/// How long the monitor and the guest's kernel may take to connect, and the agent to accept a stream.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// Longest answer to `CONNECT`: `OK 4294967295\n`.
+const MAX_ANSWER: usize = 32;
+
+/// A connection to the agent's ttrpc service.
+pub type Agent = Client<UnixStream>;
+
+/// The way into one guest.
+#[derive(Clone, Debug)]
+pub struct Guest {
+    vsock: PathBuf,
+}
+
+impl Guest {
+    /// The guest behind the monitor's vsock socket.
+    #[must_use]
+    pub fn new(vsock: &Path) -> Self {
+        Self { vsock: vsock.to_owned() }
+    }
+
+    /// Connects to the agent's ttrpc service.
+    ///
+    /// # Errors
+    /// The monitor is gone, or the agent does not answer.
+    pub fn agent(&self) -> Result<Agent> {
+        Ok(Client::new(self.connect(AGENT_PORT)?, AGENT_SERVICE))
+    }
+
+    /// Connects one stream of a process; `path` is for archives.
+    ///
+    /// # Errors
+    /// As [`Guest::agent`], and the agent's refusal.
+    pub fn stream(&self, container: &str, exec: &str, kind: Kind, path: &str) -> Result<UnixStream> {
+        let what = || format!("cannot connect the {} of the container", kind.as_str_name().to_lowercase());
+        let mut connection = self.connect(STREAM_PORT)?;
+        let hello = StreamHello {
+            container: container.into(),
+            exec: exec.into(),
+            kind: kind.into(),
+            path: path.into(),
+        };
+        connection.set_read_timeout(Some(PATIENCE)).context(what)?;
+        stream::write_message(&mut connection, &hello).context(what)?;
+        accepted(&mut connection).context(what)?;
+        connection.set_read_timeout(None).context(what)?;
+        Ok(connection)
+    }
+
+    fn connect(&self, port: u32) -> Result<UnixStream> {
+        let what = || "cannot reach the agent in the guest".to_owned();
+        let mut connection = UnixStream::connect(&self.vsock).context(what)?;
+        connection.set_read_timeout(Some(PATIENCE)).context(what)?;
+        connection.write_all(format!("CONNECT {port}\n").as_bytes()).context(what)?;
+        let mut answer = Vec::with_capacity(MAX_ANSWER);
+        // Byte by byte: what follows the line belongs to whoever listens in the guest.
+        while answer.last() != Some(&b'\n') && answer.len() < MAX_ANSWER {
+            let mut byte = [0];
+            connection.read_exact(&mut byte).map_err(silent).context(what)?;
+            answer.extend_from_slice(&byte);
+        }
+        if !answer.starts_with(b"OK ") {
+            let words = String::from_utf8_lossy(&answer);
+            return Err(Error::Monitor(format!("the monitor refused a connection: {}", words.trim_end())));
+        }
+        connection.set_read_timeout(None).context(what)?;
+        Ok(connection)
+    }
+}
+
+/// Reads the agent's reply to a hello, or to a finished archive.
+pub(crate) fn accepted(connection: &mut UnixStream) -> io::Result<()> {
+    let reply: StreamReply = stream::read_message(connection).map_err(silent)?;
+    if reply.error.is_empty() { Ok(()) } else { Err(io::Error::other(reply.error)) }
+}
+
+/// Puts words to the two ways in which a peer says nothing.
+fn silent(error: io::Error) -> io::Error {
+    match error.kind() {
+        io::ErrorKind::WouldBlock => io::Error::new(
+            io::ErrorKind::TimedOut,
+            format!("no answer within {} seconds", PATIENCE.as_secs()),
+        ),
+        io::ErrorKind::UnexpectedEof => {
+            io::Error::new(io::ErrorKind::UnexpectedEof, "the connection was closed: nothing listens there")
+        }
+        _ => error,
+    }
+}

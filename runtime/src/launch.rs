@@ -1,0 +1,247 @@
+//! What `bulkhead run` does in its own process: decide everything, then let a supervisor do it.
+
+use bulkhead_image::Image;
+use rustix::event::{PollFd, PollFlags, poll};
+
+use crate::options::{RunOptions, parse_signal};
+use crate::relay::Ends;
+use crate::spec::{self, ProcessUser};
+use crate::state::{Files, RECORD_VERSION, Record, Reservation, Status, now_ns, private_dir, remove_files};
+use crate::supervise::{self, Ask, Plan, Tell, Wire};
+use crate::terminal::{DEFAULT_DETACH_KEYS, DetachKeys, Raw, Signals};
+use crate::{Artefacts, Error, Layout, Result, names, terminal};
+
+/// How `run` ended for its caller.
+#[derive(Debug)]
+pub enum Launched {
+    /// The container has ended with this status; the words are not empty when it was lost rather than ended.
+    Exited {
+        /// For the caller's own exit.
+        code: u8,
+        /// What happened, if not an ordinary end.
+        error: String,
+    },
+    /// It runs in the background.
+    Detached {
+        /// Its id.
+        id: String,
+    },
+}
+
+/// Makes a container from an image and runs it.
+///
+/// Must be called before the process has made a thread: the supervisor is a fork of it.
+///
+/// # Errors
+/// Bad wishes, a missing artefact, a guest that does not come up, a command that cannot be started. Nothing is left.
+pub fn run(
+    layout: &Layout,
+    image: &Image,
+    image_name: &str,
+    options: RunOptions,
+    name: Option<&str>,
+) -> Result<Launched> {
+    let artefacts = Artefacts::find()?;
+    let command = spec::command(&options, image)?;
+    let keys = DetachKeys::parse(options.detach_keys.as_deref().unwrap_or(DEFAULT_DETACH_KEYS))?;
+    let stop_signal = match (&options.stop_signal, image.config.stop_signal.as_str()) {
+        (Some(signal), _) => parse_signal(signal)?,
+        (None, "") => 15,
+        (None, signal) => parse_signal(signal)?,
+    };
+    if options.tty && !options.detach && options.interactive && !terminal::stdin_is_terminal() {
+        return Err(Error::Usage("-t needs a terminal on standard input: leave -t out, or add -d".into()));
+    }
+    let user = resolve_user(image, options.user.as_deref().unwrap_or(&image.config.user))?;
+    let reservation = Reservation::make(layout, name)?;
+    let files = reservation.files.clone();
+    let hostname = options.hostname.clone().unwrap_or_else(|| names::short(&reservation.id).to_owned());
+    let record = Record {
+        version: RECORD_VERSION,
+        id: reservation.id.clone(),
+        name: reservation.name.clone(),
+        image: image_name.to_owned(),
+        image_id: image.id.to_string(),
+        command: command.clone(),
+        stop_signal,
+        status: Status::Created,
+        exit: None,
+        created_ns: now_ns(),
+        started_ns: 0,
+        finished_ns: 0,
+        supervisor_pid: 0,
+        monitor_pid: 0,
+        kernel: String::new(),
+        options,
+    };
+    let launched = prepare(layout, image, &artefacts, record, user, &hostname, keys, reservation);
+    match launched {
+        Ok((plan, wire)) => launch(plan, wire),
+        Err(error) => {
+            let _ = remove_files(layout, &files, name.unwrap_or_default());
+            Err(error)
+        }
+    }
+}
+
+#[allow(clippy::too_many_arguments)]
+fn prepare(
+    layout: &Layout,
+    image: &Image,
+    artefacts: &Artefacts,
+    record: Record,
+    user: ProcessUser,
+    hostname: &str,
+    keys: DetachKeys,
+    reservation: Reservation,
+) -> Result<(Plan, Wire)> {
+    let options = &record.options;
+    let files: Files = reservation.files.clone();
+    let terminal = options.tty.then(|| terminal::size().unwrap_or((24, 80)));
+    let cwd = match (&options.workdir, image.config.working_dir.as_str()) {
+        (Some(dir), _) => dir.as_str(),
+        (None, "") => "/",
+        (None, dir) => dir,
+    };
+    if !cwd.starts_with('/') {
+        return Err(Error::Usage(format!("the working directory {cwd:?} is not an absolute path")));
+    }
+    let process = spec::process(
+        &user,
+        &record.command,
+        &spec::environment(options, &image.config.env, hostname, &user.home),
+        cwd,
+        terminal,
+        &spec::capabilities(options),
+        &options.ulimits,
+    );
+    let spec = spec::container(options, process, hostname, &record.id);
+    private_dir(&files.run)?;
+    record.save(&files)?;
+    let mut ends = if options.detach { Ends::default() } else { Ends::own(options.interactive)? };
+    ends.detach_keys = options.tty.then_some(keys);
+    let (wire, caller) = Wire::pair()?;
+    let plan = Plan {
+        layout: layout.clone(),
+        lock: reservation.into_lock(),
+        artefacts: artefacts.clone(),
+        layers: image.layers.clone(),
+        hostname: hostname.to_owned(),
+        files,
+        record,
+        spec,
+        ends,
+        caller,
+    };
+    Ok((plan, wire))
+}
+
+fn resolve_user(image: &Image, wanted: &str) -> Result<ProcessUser> {
+    let user = image.resolve_user(wanted)?;
+    Ok(ProcessUser { uid: user.uid, gid: user.gid, additional_gids: user.additional_gids, home: user.home })
+}
+
+/// Forks the supervisor and stands for the container until it has ended or is left alone.
+fn launch(mut plan: Plan, wire: Wire) -> Result<Launched> {
+    let id = plan.record.id.clone();
+    let detach = plan.record.options.detach;
+    let (tty, interactive) = (plan.record.options.tty, plan.record.options.interactive);
+    let signals = Signals::block()?;
+    // SAFETY: the process has one thread (see `run`), so the child may go on as if nothing had happened.
+    match unsafe { libc::fork() } {
+        -1 => {
+            let source = std::io::Error::last_os_error();
+            let _ = remove_files(&plan.layout, &plan.files, &plan.record.name);
+            Err(Error::Io { what: "cannot fork a supervisor".into(), source })
+        }
+        0 => {
+            drop(signals);
+            // The caller's side of the socket: with it open here, the caller's death would go unnoticed.
+            drop(wire);
+            become_supervisor(detach);
+            plan.record.supervisor_pid = std::process::id();
+            let code = supervise::run(plan);
+            // Not the caller's exit handlers, and no destructor of anything it shares with us.
+            // SAFETY: _exit has no preconditions.
+            unsafe { libc::_exit(code.into()) }
+        }
+        child => {
+            drop(plan);
+            let raw = if tty && interactive && !detach { Raw::enter()? } else { None };
+            let result = stand_in(&wire, &signals, &id, tty, detach);
+            drop(raw);
+            // Reaps a supervisor that has ended; one that goes on is init's when we leave.
+            let mut status = 0;
+            // SAFETY: `status` is a valid place for the result.
+            unsafe { libc::waitpid(child, &raw mut status, libc::WNOHANG) };
+            result
+        }
+    }
+}
+
+/// A session of its own: the terminal's Ctrl-C is the caller's business, its hang-up too.
+fn become_supervisor(detach: bool) {
+    Signals::unblock();
+    let _ = rustix::process::setsid();
+    let _ = std::env::set_current_dir("/");
+    let Ok(null) = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null") else { return };
+    // The relay has descriptors of its own for what is left of these.
+    let _ = rustix::stdio::dup2_stdin(&null);
+    let _ = rustix::stdio::dup2_stdout(&null);
+    if detach {
+        let _ = rustix::stdio::dup2_stderr(&null);
+    }
+}
+
+/// So many signals that would end a program mean it.
+const URGENT: u32 = 3;
+
+/// The caller's part: signals and terminal sizes one way, the end the other way.
+fn stand_in(wire: &Wire, signals: &Signals, id: &str, tty: bool, detach: bool) -> Result<Launched> {
+    let mut urges = 0;
+    loop {
+        let mut fds = [PollFd::new(&wire.0, PollFlags::IN), PollFd::new(signals, PollFlags::IN)];
+        match poll(&mut fds, None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => {
+                return Err(Error::Io { what: "cannot wait for the container".into(), source: errno.into() });
+            }
+        }
+        if !fds[1].revents().is_empty() {
+            while let Some(signal) = signals.next() {
+                let resize = signal == libc::SIGWINCH.unsigned_abs();
+                urges += u32::from(supervise::ends_a_program(signal));
+                let ask = match (resize, terminal::size()) {
+                    // A container's init that has no handler does not see Ctrl-C, and the person cannot know.
+                    (false, _) if urges == URGENT => {
+                        eprintln!("bulkhead: signalled {URGENT} times, killing the container");
+                        Ask::Signal(libc::SIGKILL.unsigned_abs())
+                    }
+                    (false, _) => Ask::Signal(signal),
+                    (true, Some((rows, columns))) if tty => Ask::Resize { rows, columns },
+                    (true, _) => continue,
+                };
+                let _ = wire.send(&ask);
+            }
+        }
+        if fds[0].revents().is_empty() {
+            continue;
+        }
+        match wire.receive::<Tell>() {
+            Some(Tell::Started) if !detach => {}
+            Some(Tell::Started | Tell::Detached) => return Ok(Launched::Detached { id: id.to_owned() }),
+            Some(Tell::Exited { code, error }) => return Ok(Launched::Exited { code, error }),
+            Some(Tell::Failed { status: 130, .. }) => return Err(Error::Interrupted),
+            Some(Tell::Failed { status: status @ (126 | 127), message }) => {
+                return Err(Error::CannotStart { status, message });
+            }
+            Some(Tell::Failed { message, .. }) => return Err(Error::Monitor(message)),
+            None => {
+                return Err(Error::Monitor(format!(
+                    "the supervisor of container {} was killed; `bulkhead ps -a` shows what is left",
+                    names::short(id)
+                )));
+            }
+        }
+    }
+}

@@ -1,0 +1,216 @@
+//! The monitor's process: its configuration, its start, and what it has to say when it does not go well.
+
+use std::fs::{self, File};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use serde_json::Value;
+use vmm::config::{BootConfig, Config, ConsoleConfig, DiskConfig, MachineConfig, VsockConfig};
+
+use crate::state::Files;
+use crate::{Artefacts, Context, Error, Result};
+
+/// What the guest's kernel and agent need beside the container, in MiB.
+const OVERHEAD_MIB: u64 = 64;
+/// Memory of a machine whose container has no limit, in MiB. It is not taken before it is used.
+const DEFAULT_MIB: u64 = 512;
+/// How long a guest may take to boot.
+const BOOT_PATIENCE: Duration = Duration::from_secs(60);
+/// How long a monitor may take to end once told to.
+const END_PATIENCE: Duration = Duration::from_secs(10);
+/// How much of a monitor's words is shown, in bytes.
+const SHOWN: usize = 8 << 10;
+
+/// The guest's kernel command line; kernel-config/README.md says what each word is worth.
+const CMDLINE: &str = "console=hvc0 quiet panic=-1 reboot=k no_timer_check tsc=reliable cryptomgr.notests \
+                       rcupdate.rcu_expedited=1 random.trust_cpu=1";
+
+/// The shape of a machine.
+pub(crate) struct Shape {
+    pub vcpus: u8,
+    pub memory_mib: u32,
+}
+
+impl Shape {
+    /// Room for a container with these limits.
+    pub(crate) fn new(memory: Option<u64>, milli_cpus: Option<u64>) -> Self {
+        let memory = memory.map_or(DEFAULT_MIB, |bytes| {
+            // The kernel's own tables grow with memory: 64 bytes for each page, and some.
+            let mib = bytes.div_ceil(1 << 20);
+            mib + OVERHEAD_MIB + mib / 32
+        });
+        Self {
+            vcpus: u8::try_from(milli_cpus.unwrap_or(1000).div_ceil(1000)).unwrap_or(u8::MAX).max(1),
+            memory_mib: u32::try_from(memory).unwrap_or(u32::MAX),
+        }
+    }
+}
+
+/// A monitor under way.
+pub(crate) struct Monitor {
+    child: Child,
+    /// Readable when it has ended.
+    pub pidfd: OwnedFd,
+    files: Files,
+    /// Where the agent calls when it is up.
+    pub ready: UnixListener,
+}
+
+impl Monitor {
+    /// Starts the monitor of a sandbox; the guest boots while the caller does other things.
+    pub(crate) fn start(
+        artefacts: &Artefacts,
+        files: &Files,
+        shape: &Shape,
+        disks: Vec<DiskConfig>,
+    ) -> Result<Self> {
+        let config = Config {
+            machine: MachineConfig { vcpus: shape.vcpus, memory_mib: shape.memory_mib },
+            boot: BootConfig {
+                kernel: artefacts.kernel.clone(),
+                initramfs: Some(artefacts.initramfs.clone()),
+                cmdline: CMDLINE.into(),
+            },
+            disks,
+            vsock: Some(VsockConfig { cid: 3, socket: files.vsock() }),
+            rng: true,
+            console: ConsoleConfig::default(),
+            serial: None,
+            control: Some(files.control()),
+            report: Some(files.report()),
+        };
+        let path = files.monitor_config();
+        let text = serde_json::to_vec_pretty(&config)
+            .context(|| "cannot encode the monitor's configuration".into())?;
+        fs::write(&path, text).context(|| format!("cannot write {}", path.display()))?;
+        let ready = UnixListener::bind(files.ready())
+            .context(|| format!("cannot listen on {}", files.ready().display()))?;
+        let program = &artefacts.monitor;
+        let what = || format!("cannot start the monitor {}", program.display());
+        let log = File::create(files.monitor_log()).context(what)?;
+        let child = Command::new(program)
+            .arg("--config")
+            .arg(&path)
+            .arg("--die-with-parent")
+            .current_dir("/")
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().context(what)?)
+            .stderr(log)
+            .spawn()
+            .context(what)?;
+        let pid = Pid::from_child(&child);
+        let pidfd = pidfd_open(pid, PidfdFlags::empty()).context(what)?;
+        Ok(Self { child, pidfd, files: files.clone(), ready })
+    }
+
+    /// Its process id.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits for the agent's call. `given_up` is asked whenever `interrupt` is readable.
+    pub(crate) fn wait_ready(
+        &mut self,
+        interrupt: &impl std::os::fd::AsFd,
+        mut given_up: impl FnMut() -> bool,
+    ) -> Result<()> {
+        let deadline = Instant::now() + BOOT_PATIENCE;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(Error::Monitor(self.silence()));
+            }
+            let timeout = Timespec {
+                tv_sec: i64::try_from(left.as_secs()).unwrap_or(0),
+                tv_nsec: left.subsec_nanos().into(),
+            };
+            let mut fds = [
+                PollFd::new(&self.ready, PollFlags::IN),
+                PollFd::new(&self.pidfd, PollFlags::IN),
+                PollFd::new(interrupt, PollFlags::IN),
+            ];
+            match poll(&mut fds, Some(&timeout)) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(errno) => return Err(errno).context(|| "cannot wait for the guest".into()),
+            }
+            let [ready, ended, interrupted] = fds.map(|fd| !fd.revents().is_empty());
+            if ready {
+                self.ready.accept().context(|| "cannot hear the agent".into())?;
+                return Ok(());
+            }
+            if ended {
+                return Err(Error::Monitor(self.last_words("the microVM ended before its agent was up")));
+            }
+            if interrupted && given_up() {
+                return Err(Error::Interrupted);
+            }
+        }
+    }
+
+    /// What is known of a guest whose agent does not call.
+    fn silence(&self) -> String {
+        let status = vmm::control::Client::connect(&self.files.control())
+            .and_then(|mut client| client.call("status"))
+            .map_or_else(
+                |error| format!("the monitor does not answer either: {error}"),
+                |status| describe(&status),
+            );
+        format!("the guest's agent did not come up within {} seconds; {status}", BOOT_PATIENCE.as_secs())
+    }
+
+    /// Why the monitor ended, in its own words.
+    pub(crate) fn last_words(&mut self, happened: &str) -> String {
+        let status = self.child.wait().map_or_else(|error| error.to_string(), |status| status.to_string());
+        let log = fs::read(self.files.monitor_log()).unwrap_or_default();
+        let tail = log.get(log.len().saturating_sub(SHOWN)..).unwrap_or_default();
+        let words = printable(&String::from_utf8_lossy(tail));
+        let said = if words.is_empty() { "it said nothing".to_owned() } else { format!("it said:\n{words}") };
+        format!("{happened} ({status}); {said}")
+    }
+
+    /// Waits for the monitor to end by itself, or ends it when it does not.
+    pub(crate) fn end(&mut self) {
+        let patience = Timespec { tv_sec: END_PATIENCE.as_secs().try_into().unwrap_or(10), tv_nsec: 0 };
+        if !matches!(poll(&mut [PollFd::new(&self.pidfd, PollFlags::IN)], Some(&patience)), Ok(1..)) {
+            let _ = self.child.kill();
+        }
+        let _ = self.child.wait();
+    }
+
+    /// Ends the monitor, and the guest with it, at once.
+    pub(crate) fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    /// What the monitor left behind for programs.
+    pub(crate) fn report(&self) -> Option<Value> {
+        serde_json::from_slice(&fs::read(self.files.report()).ok()?).ok()
+    }
+}
+
+impl Drop for Monitor {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// The vCPUs' states and the end of the console, from the monitor's `status`.
+fn describe(status: &Value) -> String {
+    let vcpus = status.get("vcpus").map(Value::to_string).unwrap_or_default();
+    let console = status.get("console_tail").and_then(Value::as_str).unwrap_or_default();
+    format!("its vCPUs: {vcpus}; it last printed:\n{}", printable(console))
+}
+
+/// Guest output without what would act on the reader's terminal.
+fn printable(text: &str) -> String {
+    text.chars()
+        .filter(|&c| c == '\n' || c == '\t' || !c.is_control())
+        .collect::<String>()
+        .trim_end()
+        .to_owned()
+}

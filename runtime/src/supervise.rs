@@ -1,0 +1,391 @@
+//! The supervisor: one process for each container, from before its microVM to after its end.
+//!
+//! It holds the container's lock, is the monitor's parent (which dies with it), relays the container's streams,
+//! writes the log, and leaves the record telling the truth. It is a fork of the `bulkhead run` that made it, so the
+//! caller's standard streams are its own until the caller detaches or goes away.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
+use bulkhead_protocol::agent::{
+    ConfigureRequest, ContainerRequest, CreateContainerRequest, CreateContainerResponse, Empty, Filesystem,
+    GuestInfo, ProcessRequest, ResizeTerminalRequest, Rootfs, ShutdownRequest, SignalProcessRequest, Stdio,
+    WaitProcessResponse,
+};
+use bulkhead_protocol::client::CallError;
+use bulkhead_protocol::wire::Code;
+use rustix::event::{PollFd, PollFlags, poll};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use vmm::config::DiskConfig;
+
+use crate::guest::{Agent, Guest};
+use crate::monitor::{Monitor, Shape};
+use crate::relay::{Ends, Relay, Streams};
+use crate::state::{Exit, Files, Record, Status, now_ns, release, remove_files};
+use crate::{Artefacts, Context, Error, Layout, Result, logs, names, scratch, trace};
+
+/// Said by the caller of `run` to the supervisor.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Ask {
+    /// Pass this signal on to the container; before it runs, give up.
+    Signal(u32),
+    /// The caller's terminal has this size now.
+    Resize { rows: u16, columns: u16 },
+}
+
+/// Said by the supervisor to the caller of `run`.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Tell {
+    /// The container runs.
+    Started,
+    /// The person typed the detach keys.
+    Detached,
+    /// It could not be started.
+    Failed { status: u8, message: String },
+    /// It has ended.
+    Exited { code: u8, error: String },
+}
+
+/// A message socket between the two: one packet, one message.
+#[derive(Debug)]
+pub(crate) struct Wire(pub OwnedFd);
+
+/// Longest message, in bytes: an error with the monitor's last words.
+const MAX_MESSAGE: usize = 64 << 10;
+
+impl Wire {
+    pub(crate) fn pair() -> Result<(Self, Self)> {
+        use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+        let (a, b) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+            .context(|| "cannot make a socket pair".into())?;
+        Ok((Self(a), Self(b)))
+    }
+
+    pub(crate) fn send(&self, message: &impl Serialize) -> io::Result<()> {
+        let text = serde_json::to_vec(message)?;
+        rustix::net::send(&self.0, &text, rustix::net::SendFlags::NOSIGNAL)?;
+        Ok(())
+    }
+
+    /// The next message, `None` when the other side is gone.
+    pub(crate) fn receive<M: for<'de> Deserialize<'de>>(&self) -> Option<M> {
+        let mut buffer = vec![0; MAX_MESSAGE];
+        loop {
+            match rustix::io::read(&self.0, &mut *buffer) {
+                Ok(0) => return None,
+                Ok(read) => return serde_json::from_slice(buffer.get(..read)?).ok(),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(_) => return None,
+            }
+        }
+    }
+}
+
+/// All that a supervisor needs; made by [`crate::launch`].
+pub(crate) struct Plan {
+    pub layout: Layout,
+    pub files: Files,
+    pub record: Record,
+    pub lock: File,
+    pub artefacts: Artefacts,
+    pub layers: Vec<PathBuf>,
+    pub hostname: String,
+    pub spec: Value,
+    pub ends: Ends,
+    pub caller: Wire,
+}
+
+/// A supervisor at work.
+struct Supervisor {
+    plan: Plan,
+    guest: Guest,
+    /// The caller of `run` still listens.
+    attended: bool,
+}
+
+/// Runs a container to its end and puts everything away. Answers the exit status for the process.
+pub(crate) fn run(plan: Plan) -> u8 {
+    let guest = Guest::new(&plan.files.vsock());
+    let mut supervisor = Supervisor { attended: true, guest, plan };
+    let outcome = supervisor.live();
+    supervisor.put_away(outcome)
+}
+
+impl Supervisor {
+    /// From nothing to the container's end.
+    fn live(&mut self) -> Result<Exit> {
+        let mut monitor = self.boot()?;
+        trace::mark("agent up");
+        let mut agent = self.guest.agent()?;
+        self.configure(&mut agent)?;
+        let relay = self.start_container(&mut agent)?;
+        trace::mark("container started");
+        self.plan.record.status = Status::Running;
+        self.plan.record.started_ns = now_ns();
+        self.plan.record.save(&self.plan.files)?;
+        self.attended = self.plan.caller.send(&Tell::Started).is_ok();
+        if self.plan.record.options.detach {
+            self.attended = false;
+        }
+        let exit = self.attend(&mut monitor, &relay)?;
+        trace::mark("container ended");
+        relay.finish();
+        trace::mark("output passed on");
+        let shutdown =
+            ShutdownRequest { status: exit.code.into(), sync: !self.plan.record.options.auto_remove };
+        // The answer never comes when the machine is quick: its end is the answer.
+        let _ = agent.send("Shutdown", &shutdown);
+        monitor.end();
+        trace::mark("microVM ended");
+        trace::write(monitor.report().as_ref());
+        Ok(exit)
+    }
+
+    fn boot(&mut self) -> Result<Monitor> {
+        let Plan { layout, files, record, .. } = &self.plan;
+        let mut disks = vec![DiskConfig {
+            id: "layers".into(),
+            read_only: true,
+            path: None,
+            layers: self.plan.layers.clone(),
+        }];
+        let storage = record.options.storage.unwrap_or(scratch::DEFAULT_SIZE);
+        if storage > 0 {
+            scratch::create(layout, &files.scratch(), storage)?;
+            trace::mark("scratch disk made");
+            disks.push(DiskConfig {
+                id: "scratch".into(),
+                read_only: false,
+                path: Some(files.scratch()),
+                layers: Vec::new(),
+            });
+        }
+        let shape = Shape::new(record.options.memory, record.options.milli_cpus);
+        let mut monitor = Monitor::start(&self.plan.artefacts, files, &shape, disks)?;
+        trace::mark("monitor spawned");
+        self.plan.record.monitor_pid = monitor.pid();
+        self.plan.record.save(&self.plan.files)?;
+        let caller = &self.plan.caller;
+        let mut attended = true;
+        monitor.wait_ready(&caller.0, || match caller.receive::<Ask>() {
+            Some(Ask::Signal(signal)) => ends_a_program(signal),
+            Some(Ask::Resize { .. }) => false,
+            // A caller that is gone before the container runs takes it along, as with docker.
+            None => {
+                attended = false;
+                true
+            }
+        })?;
+        self.attended = attended;
+        Ok(monitor)
+    }
+
+    fn configure(&mut self, agent: &mut Agent) -> Result<()> {
+        let mut entropy = vec![0; 32];
+        names::random(&mut entropy)?;
+        let request = ConfigureRequest {
+            hostname: self.plan.hostname.clone(),
+            entropy,
+            realtime_ns: i64::try_from(now_ns()).unwrap_or(0),
+        };
+        let info: GuestInfo =
+            agent.call("Configure", &request).context(|| "cannot set the guest up".into())?;
+        if info.protocol != bulkhead_protocol::PROTOCOL_VERSION {
+            return Err(Error::Usage(format!(
+                "the guest's agent speaks protocol {}, this bulkhead speaks {}: rebuild the initramfs (`make`)",
+                info.protocol,
+                bulkhead_protocol::PROTOCOL_VERSION
+            )));
+        }
+        self.plan.record.kernel = info.kernel_release.chars().filter(|c| !c.is_control()).take(64).collect();
+        Ok(())
+    }
+
+    fn start_container(&mut self, agent: &mut Agent) -> Result<Relay> {
+        let Plan { record, layers, spec, files, ends, .. } = &mut self.plan;
+        let options = &record.options;
+        let storage = options.storage.unwrap_or(scratch::DEFAULT_SIZE);
+        let writable = if storage > 0 {
+            Filesystem { fstype: "ext4".into(), source: "/dev/vdb".into(), options: Vec::new() }
+        } else {
+            Filesystem { fstype: "tmpfs".into(), source: "tmpfs".into(), options: Vec::new() }
+        };
+        let erofs = |number| Filesystem {
+            fstype: "erofs".into(),
+            source: format!("/dev/vda{number}"),
+            options: vec!["ro".into()],
+        };
+        let stdio = Stdio { stdin: options.interactive, stdout: true, stderr: !options.tty };
+        let request = CreateContainerRequest {
+            id: record.id.clone(),
+            spec: spec.to_string(),
+            rootfs: Some(Rootfs {
+                layers: (1..=layers.len()).map(erofs).collect(),
+                writable: Some(writable),
+            }),
+            stdio: Some(stdio),
+        };
+        let _: CreateContainerResponse = agent.call("CreateContainer", &request).map_err(cannot_start)?;
+        trace::mark("container created");
+        let streams = Streams::connect(&self.guest, &record.id, "", &stdio, options.tty)?;
+        trace::mark("streams connected");
+        let ends = Ends { log: Some(logs::Writer::create(&files.log())?), ..std::mem::take(ends) };
+        let start = ContainerRequest { container: record.id.clone() };
+        let relay = Relay::start(streams, ends)?;
+        let _: Empty = agent.call("StartContainer", &start).map_err(cannot_start)?;
+        Ok(relay)
+    }
+
+    /// Until the container's init has ended: passes on what the caller asks for.
+    fn attend(&mut self, monitor: &mut Monitor, relay: &Relay) -> Result<Exit> {
+        let id = self.plan.record.id.clone();
+        let mut waiting = self.guest.agent()?;
+        let request = ProcessRequest { container: id, exec: String::new() };
+        let call =
+            waiting.send("WaitProcess", &request).context(|| "cannot wait for the container".into())?;
+        let mut detachable = self.attended;
+        loop {
+            let nothing = &monitor.pidfd;
+            let mut fds = [
+                PollFd::new(waiting.stream(), PollFlags::IN),
+                PollFd::new(&monitor.pidfd, PollFlags::IN),
+                if self.attended {
+                    PollFd::new(&self.plan.caller.0, PollFlags::IN)
+                } else {
+                    PollFd::new(nothing, PollFlags::empty())
+                },
+                if detachable {
+                    PollFd::new(&relay.detached, PollFlags::IN)
+                } else {
+                    PollFd::new(nothing, PollFlags::empty())
+                },
+            ];
+            match poll(&mut fds, None) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(errno) => return Err(errno).context(|| "cannot wait for the container".into()),
+            }
+            let [ended, lost, asked, detached] = fds.map(|fd| !fd.revents().is_empty());
+            if ended {
+                match waiting.receive::<WaitProcessResponse>("WaitProcess", call) {
+                    Ok(answer) => return Ok(exit_of(&answer)),
+                    Err(CallError::Io { .. }) => {
+                        return Err(Error::Monitor(
+                            monitor.last_words("the microVM ended under the container"),
+                        ));
+                    }
+                    Err(error) => return Err(error).context(|| "cannot tell how the container ended".into()),
+                }
+            }
+            if lost {
+                return Err(Error::Monitor(monitor.last_words("the microVM ended under the container")));
+            }
+            if self.attended && asked {
+                match self.plan.caller.receive::<Ask>() {
+                    Some(ask) => self.pass_on(&ask),
+                    None => {
+                        self.attended = false;
+                        detachable = false;
+                        relay.release();
+                    }
+                }
+            }
+            if detachable && detached {
+                let mut byte = [0];
+                detachable = false;
+                if matches!(rustix::io::read(&relay.detached, &mut byte), Ok(1)) {
+                    relay.release();
+                    let _ = self.plan.caller.send(&Tell::Detached);
+                    self.attended = false;
+                }
+            }
+        }
+    }
+
+    /// A request of the caller's that fails is no reason to end the container.
+    fn pass_on(&self, ask: &Ask) {
+        let container = self.plan.record.id.clone();
+        let Ok(mut agent) = self.guest.agent() else { return };
+        let _: Result<Empty, _> = match *ask {
+            Ask::Signal(signal) => agent.call(
+                "SignalProcess",
+                &SignalProcessRequest { container, exec: String::new(), signal, all: false },
+            ),
+            Ask::Resize { rows, columns } => agent.call(
+                "ResizeTerminal",
+                &ResizeTerminalRequest {
+                    container,
+                    exec: String::new(),
+                    rows: rows.into(),
+                    columns: columns.into(),
+                },
+            ),
+        };
+    }
+
+    /// Writes down how it went, removes what is not to stay, and tells the caller last.
+    fn put_away(mut self, outcome: Result<Exit>) -> u8 {
+        let Plan { layout, files, record, .. } = &mut self.plan;
+        let started = record.started_ns != 0;
+        let (exit, tell) = match outcome {
+            Ok(exit) => {
+                let tell = Tell::Exited { code: exit.code, error: String::new() };
+                (exit, tell)
+            }
+            Err(error) => {
+                let message: String = error.chain().chars().take(MAX_MESSAGE / 8).collect();
+                let code = if started { 137 } else { error.exit_status() };
+                let exit = Exit { code, error: message.clone(), ..Exit::default() };
+                let tell = if started {
+                    Tell::Exited { code, error: message }
+                } else {
+                    Tell::Failed { status: code, message }
+                };
+                (exit, tell)
+            }
+        };
+        let code = exit.code;
+        record.finish(exit);
+        // A container that never ran leaves nothing, as with docker run --rm; one that ran stays unless told not to.
+        let removed = if record.options.auto_remove || !started {
+            remove_files(layout, files, &record.name)
+        } else {
+            let _ = fs::remove_dir_all(&files.run);
+            record.save(files)
+        };
+        if let Err(error) = removed {
+            eprintln!("bulkhead: {}", error.chain());
+        }
+        trace::mark("put away");
+        release(&self.plan.lock, code);
+        let _ = self.plan.caller.send(&tell);
+        code
+    }
+}
+
+/// Whether a signal would end an ordinary program: then it ends a start that is under way.
+pub(crate) fn ends_a_program(signal: u32) -> bool {
+    [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT]
+        .iter()
+        .any(|&known| known.unsigned_abs() == signal)
+}
+
+fn exit_of(answer: &WaitProcessResponse) -> Exit {
+    Exit {
+        code: u8::try_from(answer.exit_code).unwrap_or(255),
+        signal: answer.signal,
+        oom_killed: answer.oom_killed,
+        error: String::new(),
+    }
+}
+
+/// The agent's refusal of a command, as docker numbers it.
+pub(crate) fn cannot_start(error: CallError) -> Error {
+    match error.code() {
+        Some(Code::NotFound) => Error::CannotStart { status: 127, message: error.to_string() },
+        Some(Code::PermissionDenied) => Error::CannotStart { status: 126, message: error.to_string() },
+        _ => Error::Agent { what: "cannot start the container".into(), source: error },
+    }
+}

@@ -1,0 +1,63 @@
+//! A timeline of a start, step by step, in the form that trace viewers open (Chrome's trace events).
+//!
+//! `BULKHEAD_TRACE=FILE` switches it on. Times are of the monotonic clock, so the marks of `bulkhead`, of its
+//! supervisor, of the monitor and of the guest's agent fall on one line.
+
+use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
+use std::{env, fs};
+
+use rustix::time::{ClockId, clock_gettime};
+use serde_json::{Value, json};
+
+static MARKS: Mutex<Option<Vec<(&'static str, u64)>>> = Mutex::new(None);
+
+/// Begins to note marks if `BULKHEAD_TRACE` is set.
+pub fn begin() {
+    if env::var_os("BULKHEAD_TRACE").is_some() {
+        *MARKS.lock().unwrap_or_else(PoisonError::into_inner) = Some(Vec::new());
+        mark("bulkhead started");
+    }
+}
+
+/// Notes that `step` has just been done.
+pub fn mark(step: &'static str) {
+    if let Some(marks) = MARKS.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+        marks.push((step, now_ns()));
+    }
+}
+
+/// The monotonic clock, nanoseconds.
+#[must_use]
+pub fn now_ns() -> u64 {
+    let time = clock_gettime(ClockId::Monotonic);
+    u64::try_from(time.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(time.tv_nsec).unwrap_or(0)
+}
+
+/// Writes the timeline, with the marks of the monitor's report among ours.
+pub(crate) fn write(report: Option<&Value>) {
+    let Some(path) = env::var_os("BULKHEAD_TRACE").map(PathBuf::from) else { return };
+    let Some(marks) = MARKS.lock().unwrap_or_else(PoisonError::into_inner).take() else { return };
+    let ours = marks.iter().map(|&(name, ns)| ("bulkhead", name.to_owned(), ns));
+    let monitor = report.and_then(|report| report.get("timeline")).and_then(Value::as_array);
+    let theirs = monitor.into_iter().flatten().filter_map(|mark| {
+        Some(("monitor", mark.get("name")?.as_str()?.to_owned(), mark.get("ns")?.as_u64()?))
+    });
+    let mut all: Vec<_> = ours.chain(theirs).collect();
+    all.sort_by_key(|&(_, _, ns)| ns);
+    let first = all.first().map_or(0, |&(_, _, ns)| ns);
+    let mut before = first;
+    let events: Vec<_> = all
+        .iter()
+        .map(|(who, name, ns)| {
+            // A step lasts from the mark before it, whoever made that one.
+            let event = json!({
+                "name": name, "cat": who, "ph": "X", "pid": 1, "tid": who,
+                "ts": (before - first) as f64 / 1000.0, "dur": (ns - before) as f64 / 1000.0,
+            });
+            before = *ns;
+            event
+        })
+        .collect();
+    let _ = fs::write(path, json!({"traceEvents": events, "displayTimeUnit": "ms"}).to_string());
+}
