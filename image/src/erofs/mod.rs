@@ -13,7 +13,12 @@ mod writer;
 pub use reader::{Inode, Reader};
 pub(crate) use stack::Stack;
 pub use tree::{FileData, Kind, Metadata, NodeId, Tree, Xattr};
-pub use writer::Writer;
+pub use writer::{WriteError, Writer};
+
+/// Whether an extended attribute of this full name can be kept.
+pub(crate) fn can_hold_xattr(name: &[u8]) -> bool {
+    format::split_xattr_name(name).is_some()
+}
 
 #[cfg(test)]
 mod tests;

@@ -22,9 +22,8 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use crate::{
-    Digest, Image, ImageConfig, Limits, LoadOptions, Progress, Reference, Result, Source, config::ConfigFile,
-};
+use crate::config::ConfigFile;
+use crate::{Digest, ImageConfig, Limits, LoadOptions, Progress, Result, Source};
 
 pub(crate) use lock::{Lock, TempFile};
 pub(crate) use records::{LayerRecord, Record};
@@ -133,6 +132,10 @@ impl Store {
     #[must_use]
     pub fn with_limits(self, limits: Limits) -> Self {
         Self { limits, ..self }
+    }
+
+    pub(crate) fn limits(&self) -> &Limits {
+        &self.limits
     }
 
     /// Adds all images of an archive or layout directory.
