@@ -6,9 +6,9 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use super::format::{
-    BLOCK, COMPACT_SIZE, DIRENT_SIZE, EXTENDED_SIZE, FLAT_INLINE, FLAT_PLAIN, Fields, MAGIC, NAME_MAX, S_IFBLK,
-    S_IFCHR, S_IFDIR, S_IFIFO, S_IFLNK, S_IFMT, S_IFREG, S_IFSOCK, SLOT, SUPER_OFFSET, SUPER_SIZE, XATTR_HEADER,
-    crc32c, decode_device, join_xattr_name,
+    BLOCK, COMPACT_SIZE, DIRENT_SIZE, EXTENDED_SIZE, FLAT_INLINE, FLAT_PLAIN, Fields, MAGIC, NAME_MAX,
+    S_IFBLK, S_IFCHR, S_IFDIR, S_IFIFO, S_IFLNK, S_IFMT, S_IFREG, S_IFSOCK, SLOT, SUPER_OFFSET, SUPER_SIZE,
+    XATTR_HEADER, crc32c, decode_device, join_xattr_name,
 };
 use super::tree::Xattr;
 use crate::{Error, Result};
@@ -260,7 +260,9 @@ impl<F: ReadAt> Reader<F> {
     }
 
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
-        self.file.read_at(buffer, offset).map_err(|_| Error::DamagedErofs("it ends too early or cannot be read"))
+        self.file
+            .read_at(buffer, offset)
+            .map_err(|_| Error::DamagedErofs("it ends too early or cannot be read"))
     }
 }
 

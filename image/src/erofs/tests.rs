@@ -66,7 +66,9 @@ fn check(reader: &Reader<Vec<u8>>, inode: &Inode, expected: &BTreeMap<Vec<u8>, (
         assert_eq!(found.mtime, (metadata.mtime, metadata.mtime_nsec));
         assert_eq!(reader.xattrs(&found).unwrap(), metadata.xattrs);
         match spec {
-            Spec::File(content) => assert!(found.is_file() && reader.read(&found, 1 << 20).unwrap() == *content),
+            Spec::File(content) => {
+                assert!(found.is_file() && reader.read(&found, 1 << 20).unwrap() == *content)
+            }
             Spec::Symlink(target) => {
                 assert!(found.is_symlink());
                 assert_eq!(reader.read(&found, 4096).unwrap(), *target);
@@ -74,7 +76,8 @@ fn check(reader: &Reader<Vec<u8>>, inode: &Inode, expected: &BTreeMap<Vec<u8>, (
             Spec::Device(major, minor) => assert_eq!(found.device(), Some((*major, *minor))),
             Spec::Fifo => assert_eq!(found.mode & 0o170_000, 0o010_000),
             Spec::Directory(inner) => {
-                let directories = inner.values().filter(|(_, spec)| matches!(spec, Spec::Directory(_))).count();
+                let directories =
+                    inner.values().filter(|(_, spec)| matches!(spec, Spec::Directory(_))).count();
                 assert_eq!(found.links as usize, 2 + directories);
                 check(reader, &found, inner);
             }
@@ -99,9 +102,16 @@ fn metadata() -> impl Strategy<Value = Metadata> {
     let ids = prop_oneof![3 => 0..1000_u32, 1 => any::<u32>()];
     let times = prop_oneof![3 => Just((1_700_000_000, 0)), 1 => (any::<i64>(), 0..1_000_000_000_u32)];
     let xattrs = prop_oneof![3 => Just(Vec::new()), 1 => proptest::collection::vec(xattr(), 0..4)];
-    (0..=0o7777_u16, ids.clone(), ids, times, xattrs).prop_map(|(permissions, uid, gid, (mtime, mtime_nsec), xattrs)| {
-        Metadata { permissions, uid, gid, mtime, mtime_nsec, xattrs }
-    })
+    (0..=0o7777_u16, ids.clone(), ids, times, xattrs).prop_map(
+        |(permissions, uid, gid, (mtime, mtime_nsec), xattrs)| Metadata {
+            permissions,
+            uid,
+            gid,
+            mtime,
+            mtime_nsec,
+            xattrs,
+        },
+    )
 }
 
 fn name() -> impl Strategy<Value = Vec<u8>> {
@@ -114,8 +124,9 @@ fn name() -> impl Strategy<Value = Vec<u8>> {
 fn spec() -> impl Strategy<Value = Spec> {
     let size = prop_oneof![4 => 0..5000_usize, 1 => prop_oneof![Just(0), Just(4096), Just(8192), Just(2048), Just(4095)],
                            1 => 0..30_000_usize];
-    let file = (size, any::<u8>())
-        .prop_map(|(size, seed)| Spec::File((0..size).map(|index| (index as u8).wrapping_mul(31) ^ seed).collect()));
+    let file = (size, any::<u8>()).prop_map(|(size, seed)| {
+        Spec::File((0..size).map(|index| (index as u8).wrapping_mul(31) ^ seed).collect())
+    });
     let leaf = prop_oneof![
         6 => file,
         2 => proptest::collection::vec(1..=255_u8, 1..60).prop_map(Spec::Symlink),

@@ -4,9 +4,9 @@ use std::collections::HashMap;
 use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
 
 use super::format::{
-    BLOCK, COMPACT_SIZE, COMPAT_MTIME, COMPAT_SB_CHKSUM, DIRENT_SIZE, EXTENDED_SIZE, FLAT_INLINE, FLAT_PLAIN, MAGIC,
-    NAME_MAX, NO_BLOCK, S_IFBLK, S_IFCHR, S_IFDIR, S_IFIFO, S_IFLNK, S_IFREG, S_IFSOCK, SLOT, SUPER_OFFSET,
-    SUPER_SIZE, XATTR_HEADER, crc32c, encode_device, file_type, split_xattr_name,
+    BLOCK, COMPACT_SIZE, COMPAT_MTIME, COMPAT_SB_CHKSUM, DIRENT_SIZE, EXTENDED_SIZE, FLAT_INLINE, FLAT_PLAIN,
+    MAGIC, NAME_MAX, NO_BLOCK, S_IFBLK, S_IFCHR, S_IFDIR, S_IFIFO, S_IFLNK, S_IFREG, S_IFSOCK, SLOT,
+    SUPER_OFFSET, SUPER_SIZE, XATTR_HEADER, crc32c, encode_device, file_type, split_xattr_name,
 };
 use super::tree::{FileData, Kind, Metadata, Node, NodeId, Tree, Xattr};
 
@@ -90,12 +90,18 @@ impl<W: Write + Seek, T: Read + Write + Seek> Writer<W, T> {
     ///
     /// # Errors
     /// Reading or writing failed; `input` is too short; the image is too large.
-    pub fn add_file(&mut self, input: &mut dyn Read, size: u64, xattrs: &[Xattr]) -> Result<FileData, WriteError> {
+    pub fn add_file(
+        &mut self,
+        input: &mut dyn Read,
+        size: u64,
+        xattrs: &[Xattr],
+    ) -> Result<FileData, WriteError> {
         let tail_len = size % BLOCK;
         let beside = inline_fits(tail_len, xattrs_size(xattrs)?);
         let in_blocks = if beside { size - tail_len } else { size };
         let first_block = if in_blocks == 0 { NO_BLOCK } else { self.block };
-        let blocks = u32::try_from(in_blocks.div_ceil(BLOCK)).map_err(|_| WriteError::Limit("a file this large"))?;
+        let blocks =
+            u32::try_from(in_blocks.div_ceil(BLOCK)).map_err(|_| WriteError::Limit("a file this large"))?;
         self.block = self.block.checked_add(blocks).ok_or(WriteError::Limit("more than 16 TiB"))?;
         copy(input, &mut self.out, &mut self.buffer, in_blocks)?;
         pad(&mut self.out, in_blocks)?;
@@ -173,7 +179,12 @@ impl<W: Write + Seek, T: Read + Write + Seek> Writer<W, T> {
     }
 
     /// Decides what goes beside each inode and gives the rest its blocks.
-    fn place_data(&mut self, nodes: &[Node], links: &[u32], epoch: (i64, u32)) -> Result<Vec<Place>, WriteError> {
+    fn place_data(
+        &mut self,
+        nodes: &[Node],
+        links: &[u32],
+        epoch: (i64, u32),
+    ) -> Result<Vec<Place>, WriteError> {
         let mut places = Vec::with_capacity(nodes.len());
         for (node, links) in nodes.iter().zip(links) {
             let mut place = Place { links: *links, first_block: NO_BLOCK, ..Place::default() };
@@ -306,7 +317,9 @@ fn count_links(nodes: &[Node]) -> Vec<u32> {
     }
     let mut pending = vec![NodeId::ROOT];
     while let Some(directory) = pending.pop() {
-        let Some(Kind::Directory(entries)) = nodes.get(directory.index()).map(|node| &node.kind) else { continue };
+        let Some(Kind::Directory(entries)) = nodes.get(directory.index()).map(|node| &node.kind) else {
+            continue;
+        };
         for child in entries.values() {
             let is_directory =
                 nodes.get(child.index()).is_some_and(|node| matches!(node.kind, Kind::Directory(_)));
@@ -345,7 +358,8 @@ fn commonest_time(nodes: &[Node], links: &[u32]) -> (i64, u32) {
     for (node, _) in nodes.iter().zip(links).filter(|(_, links)| **links > 0) {
         *counts.entry((node.metadata.mtime, node.metadata.mtime_nsec)).or_default() += 1;
     }
-    let best = counts.into_iter().max_by(|(time_a, a), (time_b, b)| a.cmp(b).then_with(|| time_b.cmp(time_a)));
+    let best =
+        counts.into_iter().max_by(|(time_a, a), (time_b, b)| a.cmp(b).then_with(|| time_b.cmp(time_a)));
     best.map_or((0, 0), |(time, _)| time)
 }
 
@@ -387,9 +401,11 @@ fn encode_inode(
     let format = layout << 1 | u16::from(place.extended);
     let xattr_count = match place.xattr_size {
         0 => 0,
-        size => u16::try_from((size - XATTR_HEADER) / 4 + 1).map_err(|_| WriteError::Limit("xattrs this large"))?,
+        size => u16::try_from((size - XATTR_HEADER) / 4 + 1)
+            .map_err(|_| WriteError::Limit("xattrs this large"))?,
     };
-    let device = |major, minor| encode_device(major, minor).ok_or(WriteError::Limit("a device number this large"));
+    let device =
+        |major, minor| encode_device(major, minor).ok_or(WriteError::Limit("a device number this large"));
     let union = match node.kind {
         Kind::CharDevice(major, minor) | Kind::BlockDevice(major, minor) => device(major, minor)?,
         Kind::Fifo | Kind::Socket => 0,
@@ -453,7 +469,11 @@ fn xattrs_size(xattrs: &[Xattr]) -> Result<u64, WriteError> {
         size += (4 + rest.len() as u64 + xattr.value.len() as u64).next_multiple_of(4);
     }
     // The count is of 16 bits, in units of 4 bytes.
-    if size > 4 * u64::from(u16::MAX) { Err(WriteError::Limit("more than 256 KiB of xattrs on a file")) } else { Ok(size) }
+    if size > 4 * u64::from(u16::MAX) {
+        Err(WriteError::Limit("more than 256 KiB of xattrs on a file"))
+    } else {
+        Ok(size)
+    }
 }
 
 fn encode_xattrs(bytes: &mut Vec<u8>, xattrs: &[Xattr]) -> Result<(), WriteError> {
@@ -462,9 +482,14 @@ fn encode_xattrs(bytes: &mut Vec<u8>, xattrs: &[Xattr]) -> Result<(), WriteError
     }
     bytes.extend([0; XATTR_HEADER as usize]);
     for xattr in xattrs {
-        let (prefix, rest) = split_xattr_name(&xattr.name).ok_or(WriteError::Limit("an xattr of this name"))?;
-        let value_len = u16::try_from(xattr.value.len()).map_err(|_| WriteError::Limit("an xattr this large"))?;
-        bytes.extend([u8::try_from(rest.len()).map_err(|_| WriteError::Limit("an xattr of this name"))?, prefix]);
+        let (prefix, rest) =
+            split_xattr_name(&xattr.name).ok_or(WriteError::Limit("an xattr of this name"))?;
+        let value_len =
+            u16::try_from(xattr.value.len()).map_err(|_| WriteError::Limit("an xattr this large"))?;
+        bytes.extend([
+            u8::try_from(rest.len()).map_err(|_| WriteError::Limit("an xattr of this name"))?,
+            prefix,
+        ]);
         bytes.extend(value_len.to_le_bytes());
         bytes.extend_from_slice(rest);
         bytes.extend_from_slice(&xattr.value);
@@ -501,12 +526,15 @@ fn directory_blocks<'a>(
 }
 
 fn directory_size(entries: &std::collections::BTreeMap<Vec<u8>, NodeId>) -> Result<u64, WriteError> {
-    if entries.keys().any(|name| name.is_empty() || name.len() > NAME_MAX || name.contains(&b'/') || name.contains(&0))
+    if entries
+        .keys()
+        .any(|name| name.is_empty() || name.len() > NAME_MAX || name.contains(&b'/') || name.contains(&0))
     {
         return Err(WriteError::Limit("a name that is empty, longer than 255 bytes or has / or NUL in it"));
     }
     let blocks = directory_blocks(0, 0, entries);
-    let last: usize = blocks.last().map_or(0, |last| last.iter().map(|(name, _)| DIRENT_SIZE + name.len()).sum());
+    let last: usize =
+        blocks.last().map_or(0, |last| last.iter().map(|(name, _)| DIRENT_SIZE + name.len()).sum());
     Ok((blocks.len() as u64).saturating_sub(1) * BLOCK + last as u64)
 }
 
@@ -552,7 +580,10 @@ fn first_block(fields: &Super) -> Vec<u8> {
         bytes.extend(fields.meta_block.to_le_bytes());
         bytes.extend([0; 4]);
         bytes.extend(fields.uuid);
-        debug_assert!(bytes.len() <= SUPER_OFFSET as usize + SUPER_SIZE, "the rest is zero: no other feature");
+        debug_assert!(
+            bytes.len() <= SUPER_OFFSET as usize + SUPER_SIZE,
+            "the rest is zero: no other feature"
+        );
         bytes.resize(BLOCK as usize, 0);
         bytes
     };

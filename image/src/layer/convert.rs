@@ -36,7 +36,11 @@ pub(crate) fn add_layer(
     let input = Counting { inner: input, task };
     let (size, notes) = convert(input, &temp, tails, expected, store.limits(), &|written, source| {
         // The layer will take about as much as is known of it already, plainly packed or not.
-        store.write_error(&format!("layer {diff_id}"), expected.size.max(written.saturating_add(4096)), source)
+        store.write_error(
+            &format!("layer {diff_id}"),
+            expected.size.max(written.saturating_add(4096)),
+            source,
+        )
     })?;
     for note in notes {
         progress.note(&format!("layer {}: {note}", diff_id.short()));

@@ -22,7 +22,8 @@ pub(crate) fn decode<'a, R: BufRead + 'a>(mut input: R) -> io::Result<Box<dyn Re
         }
     }
     let head = magic.get(..count).unwrap_or_default().to_vec();
-    let unsupported = |what| Err(io::Error::new(io::ErrorKind::Unsupported, format!("{what} is not supported")));
+    let unsupported =
+        |what| Err(io::Error::new(io::ErrorKind::Unsupported, format!("{what} is not supported")));
     match magic {
         [0x1f, 0x8b, ..] => Ok(Box::new(MultiGzDecoder::new(Cursor::new(head).chain(input)))),
         [0x28, 0xb5, 0x2f, 0xfd, ..] | [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => {
@@ -53,7 +54,8 @@ impl<R: BufRead> Zstd<R> {
             let mut magic = [0; 4];
             input.read_exact(&mut magic)?;
             if !matches!(magic, [0x50..=0x5f, 0x2a, 0x4d, 0x18]) {
-                let frame = StreamingDecoder::new(Cursor::new(magic.to_vec()).chain(input)).map_err(invalid)?;
+                let frame =
+                    StreamingDecoder::new(Cursor::new(magic.to_vec()).chain(input)).map_err(invalid)?;
                 return Ok(Self::Inside(Box::new(frame)));
             }
             let mut length = [0; 4];
@@ -121,7 +123,8 @@ impl<R> Capped<R> {
 impl<R: Read> Read for Capped<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let count = self.inner.read(buffer)?;
-        self.left = self.left.checked_sub(count as u64).ok_or_else(|| io::Error::other(CapReached(self.limit)))?;
+        self.left =
+            self.left.checked_sub(count as u64).ok_or_else(|| io::Error::other(CapReached(self.limit)))?;
         Ok(count)
     }
 }
@@ -156,7 +159,8 @@ mod tests {
     fn several_members_and_frames_are_one_stream() {
         assert_eq!(all(&[gzip(b"hello "), gzip(b"world")].concat()).unwrap(), b"hello world");
         let skippable = [&[0x53, 0x2a, 0x4d, 0x18, 3, 0, 0, 0][..], b"abc"].concat();
-        let frames = [skippable.clone(), zstd(b"hello "), skippable.clone(), zstd(b"world"), skippable].concat();
+        let frames =
+            [skippable.clone(), zstd(b"hello "), skippable.clone(), zstd(b"world"), skippable].concat();
         assert_eq!(all(&frames).unwrap(), b"hello world");
         assert_eq!(all(b"plain").unwrap(), b"plain");
         assert_eq!(all(b"").unwrap(), b"");
@@ -164,7 +168,8 @@ mod tests {
 
     #[test]
     fn truncation_and_bombs_are_errors() {
-        let noise: Vec<u8> = (0..5000_u32).flat_map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
+        let noise: Vec<u8> =
+            (0..5000_u32).flat_map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
         for packed in [gzip(&noise), zstd(&noise)] {
             assert!(all(&packed[..packed.len() - 20]).is_err());
         }

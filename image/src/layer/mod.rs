@@ -8,8 +8,8 @@ mod whiteout;
 
 pub(crate) use convert::{Expected, add_layer};
 pub(crate) use decode::{Capped, decode};
-pub use tree::convert_tar;
 pub(crate) use tar::{Archive, EntryKind, Skip};
+pub use tree::convert_tar;
 
 use std::io;
 

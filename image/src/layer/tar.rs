@@ -71,10 +71,6 @@ impl<R: Skip> Archive<R> {
         Self { input, left: 0, padding: 0 }
     }
 
-    pub(crate) fn into_inner(self) -> R {
-        self.input
-    }
-
     /// The input, at the start of the current entry's content as long as nothing of that was read.
     pub(crate) fn input(&self) -> &R {
         &self.input
@@ -312,7 +308,9 @@ mod tests {
     #[test]
     fn pax_records_may_have_newlines_and_nothing_else_wrong() {
         assert_eq!(pax_record(b"13 key=a\nb=c\nrest"), Some((&b"key"[..], &b"a\nb=c"[..], &b"rest"[..])));
-        for broken in [&b"13 key=a\nb=c"[..], b"", b"x a=b\n", b"99 a=b\n", b"2 a=b\n", b"0 \n", b"6 abc\n", b"5"] {
+        for broken in
+            [&b"13 key=a\nb=c"[..], b"", b"x a=b\n", b"99 a=b\n", b"2 a=b\n", b"0 \n", b"6 abc\n", b"5"]
+        {
             assert_eq!(pax_record(broken), None, "{broken:?}");
         }
     }

@@ -111,8 +111,14 @@ impl<W: Write + Seek, T: Read + Write + Seek> Builder<'_, W, T> {
                 Kind::File(self.writer.add_file(archive, entry.size, &entry.metadata.xattrs)?)
             }
             EntryKind::Symlink(target) => {
-                if target.is_empty() || target.len() as u64 >= self.limits.path_len.min(4096) || target.contains(&0) {
-                    return Err(named(&entry.path, "is a symbolic link with an empty, too long or broken target"));
+                if target.is_empty()
+                    || target.len() as u64 >= self.limits.path_len.min(4096)
+                    || target.contains(&0)
+                {
+                    return Err(named(
+                        &entry.path,
+                        "is a symbolic link with an empty, too long or broken target",
+                    ));
                 }
                 Kind::Symlink(target)
             }
@@ -240,7 +246,8 @@ impl<W: Write + Seek, T: Read + Write + Seek> Builder<'_, W, T> {
             Some((_, Kind::Directory(_))) => Err(named(shown, "is a hard link to a directory")),
             None | Some((_, &Kind::WHITEOUT)) => {
                 let target: String = String::from_utf8_lossy(target).chars().take(200).collect();
-                let why = format!("is a hard link to `{}`, which this layer does not have", target.escape_debug());
+                let why =
+                    format!("is a hard link to `{}`, which this layer does not have", target.escape_debug());
                 Err(named(shown, &why))
             }
             Some((node, _)) => Ok(node),
@@ -258,7 +265,8 @@ impl<W: Write + Seek, T: Read + Write + Seek> Builder<'_, W, T> {
             }
             None => {
                 let Metadata { mtime, mtime_nsec, .. } = entry.metadata;
-                let node = self.node(Metadata { mtime, mtime_nsec, ..Metadata::default() }, Kind::WHITEOUT)?;
+                let node =
+                    self.node(Metadata { mtime, mtime_nsec, ..Metadata::default() }, Kind::WHITEOUT)?;
                 self.tree.link(at, name, node);
                 self.pay(name.len() as u64)
             }

@@ -26,7 +26,7 @@ use crate::config::ConfigFile;
 use crate::{Digest, ImageConfig, Limits, LoadOptions, Progress, Result, Source};
 
 pub(crate) use lock::{Lock, TempFile};
-pub(crate) use records::{LayerRecord, Record};
+pub(crate) use records::{LayerRecord, MAX_DOCUMENT, Record};
 
 /// An image store below one directory.
 #[derive(Debug, Clone)]

@@ -70,6 +70,16 @@ impl Store {
         self.root.join(format!("layers/sha256/{}.erofs", diff_id.hex()))
     }
 
+    /// The record of a layer that is already there.
+    pub(crate) fn existing_layer(&self, diff_id: &Digest) -> Result<Option<LayerRecord>> {
+        let path = self.layer_path(diff_id);
+        match fs::metadata(&path) {
+            Ok(metadata) => Ok(Some(LayerRecord { diff_id: *diff_id, size: metadata.len() })),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(Error::io("look at", &path)(error)),
+        }
+    }
+
     pub(super) fn record_path(&self, id: &Digest) -> PathBuf {
         self.root.join(format!("images/{}.json", id.hex()))
     }
