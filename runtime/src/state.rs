@@ -361,17 +361,19 @@ impl Record {
     /// The lock cannot be opened.
     pub fn wait(files: &Files) -> Result<Option<u8>> {
         let path = files.lock();
-        let mut file = match File::open(&path) {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(error).context(|| format!("cannot open {}", path.display())),
-        };
-        let what = || format!("cannot wait for {}", path.display());
-        rustix::fs::flock(&file, FlockOperation::LockShared).context(what)?;
-        let mut status = String::new();
-        file.read_to_string(&mut status).context(what)?;
-        Ok(status.trim().parse().ok())
+        match File::open(&path) {
+            Ok(lock) => status_when_free(lock).context(|| format!("cannot wait for {}", path.display())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error).context(|| format!("cannot open {}", path.display())),
+        }
     }
+}
+
+fn status_when_free(mut lock: File) -> io::Result<Option<u8>> {
+    rustix::fs::flock(&lock, FlockOperation::LockShared)?;
+    let mut status = String::new();
+    lock.read_to_string(&mut status)?;
+    Ok(status.trim().parse().ok())
 }
 
 /// Lets go of a container's lock. The exit status goes into it, for those who wait and find all else removed.
@@ -526,18 +528,12 @@ mod tests {
         let (_dir, layout) = layout();
         let reservation = Reservation::make(&layout, None).unwrap();
         let files = reservation.files.clone();
-        let waiter = {
-            let opened = File::open(files.lock()).unwrap();
-            drop(opened);
-            let files = files.clone();
-            std::thread::spawn(move || Record::wait(&files).unwrap())
-        };
-        while fs::read_to_string("/proc/locks").unwrap().matches("->").count() == 0 {
-            std::thread::yield_now();
-        }
+        let opened = File::open(files.lock()).unwrap();
+        let waiter = std::thread::spawn(move || status_when_free(opened).unwrap());
         remove_files(&layout, &files, &reservation.name).unwrap();
         release(&reservation.into_lock(), 42);
         assert_eq!(waiter.join().unwrap(), Some(42));
+        assert_eq!(Record::wait(&files).unwrap(), None, "gone");
     }
 
     #[test]
