@@ -1,3 +1,32 @@
 //! PID 1 of the guest: runs OCI containers, talks ttrpc over vsock.
+//!
+//! One process, one thread, one epoll loop ([`agent::Agent`]); a container or an exec is a forked child that sets
+//! itself up ([`container::child`]) and reports over a socket pair. Being alone in the guest's kernel, the agent has
+//! nothing to defend against the network: whatever reaches it came through the monitor's vsock.
 
-fn main() {}
+mod agent;
+mod archive;
+mod boot;
+mod container;
+mod error;
+mod hw;
+mod reaper;
+mod rpc;
+mod streams;
+
+use bulkhead_protocol::mark;
+
+/// Exit status of a guest whose agent could not start or failed: the monitor's "guest crashed".
+const EXIT_SOFTWARE: u8 = 70;
+
+fn main() {
+    hw::acquire();
+    hw::mark(mark::AGENT_STARTED);
+    boot::end_machine_on_panic();
+    let error = match boot::start().and_then(|mut agent| agent.run()) {
+        Err(error) => error,
+        Ok(never) => match never {},
+    };
+    boot::console(&format!("bulkhead agent: {error}"));
+    hw::exit(EXIT_SOFTWARE);
+}

@@ -1,0 +1,141 @@
+//! The ttrpc server: frames in, calls out to [`dispatch`], answers back in any order.
+
+mod dispatch;
+mod guest;
+
+use std::os::fd::OwnedFd;
+
+use bulkhead_protocol::wire::{self, Decoder, Kind, Request, Response};
+use prost::Message;
+use rustix::io::Errno;
+
+use crate::agent::Agent;
+use crate::error::{Code, Error, Result};
+
+/// Unsent answers of one connection beyond which its requests are left where they are, in bytes.
+const MAX_OUTPUT: usize = 4 << 20;
+
+/// Where an answer goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ticket {
+    connection: u32,
+    stream: u32,
+}
+
+/// One ttrpc connection.
+#[derive(Debug)]
+pub struct Connection {
+    socket: OwnedFd,
+    decoder: Decoder,
+    output: Vec<u8>,
+    sent: usize,
+}
+
+impl Connection {
+    /// A connection that has just been accepted.
+    pub fn new(socket: OwnedFd) -> Self {
+        Self { socket, decoder: Decoder::default(), output: Vec::new(), sent: 0 }
+    }
+
+    /// Sends what can be sent.
+    fn flush(&mut self) -> rustix::io::Result<()> {
+        while let Some(rest) = self.output.get(self.sent..).filter(|rest| !rest.is_empty()) {
+            match rustix::net::send(&self.socket, rest, rustix::net::SendFlags::NOSIGNAL) {
+                Ok(count) => self.sent += count,
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Ok(()),
+                Err(errno) => return Err(errno),
+            }
+        }
+        self.output.clear();
+        self.sent = 0;
+        Ok(())
+    }
+
+    fn is_congested(&self) -> bool {
+        self.output.len() - self.sent > MAX_OUTPUT
+    }
+
+    /// The next whole request that has arrived.
+    ///
+    /// # Errors
+    /// The peer has gone, or what it says is not ttrpc: the connection is of no more use.
+    fn next_request(&mut self) -> Result<Option<(u32, Request)>> {
+        loop {
+            let frame = self.decoder.next_frame().map_err(|error| Error::invalid(error.to_string()))?;
+            if let Some((header, payload)) = frame {
+                if header.kind != Kind::Request {
+                    return Err(Error::invalid("a response where a request should be"));
+                }
+                let request =
+                    Request::decode(payload.as_slice()).map_err(|e| Error::invalid(e.to_string()))?;
+                return Ok(Some((header.stream_id, request)));
+            }
+            let mut buffer = [0; 16 << 10];
+            match rustix::io::read(&self.socket, &mut buffer) {
+                Ok(0) => return Err(Error::new(Code::Unavailable, "closed")),
+                Ok(count) => self.decoder.push(buffer.get(..count).unwrap_or_default()),
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Ok(None),
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+    }
+}
+
+impl Agent {
+    /// Goes on with a connection that is ready.
+    pub fn serve(&mut self, id: u32) {
+        while let Some(connection) = self.connections.get_mut(&id) {
+            if connection.flush().is_err() {
+                self.connections.remove(&id);
+                return;
+            }
+            if connection.is_congested() {
+                return;
+            }
+            match connection.next_request() {
+                Ok(Some((stream, request))) => self.dispatch(Ticket { connection: id, stream }, &request),
+                Ok(None) => return,
+                Err(_) => {
+                    // One bad peer is no reason to end anything but its own connection.
+                    self.connections.remove(&id);
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Sends an answer; to nobody, if the caller has gone.
+    pub fn answer(&mut self, ticket: Ticket, result: Result<impl Message>) {
+        let Some(connection) = self.connections.get_mut(&ticket.connection) else { return };
+        let response = match result {
+            Ok(message) => Response::ok(&message),
+            Err(Error { code, message }) => Response::error(code, message),
+        };
+        let frame = wire::encode(Kind::Response, ticket.stream, &response).or_else(|error| {
+            let response = Response::error(Code::ResourceExhausted, error.to_string());
+            wire::encode(Kind::Response, ticket.stream, &response)
+        });
+        connection.output.extend(frame.unwrap_or_default());
+        if connection.flush().is_err() {
+            self.connections.remove(&ticket.connection);
+        }
+    }
+
+    /// The same for a caller that may have been answered already.
+    pub fn answer_maybe<M: Message>(&mut self, ticket: Option<Ticket>, result: Result<M>) {
+        if let Some(ticket) = ticket {
+            self.answer(ticket, result);
+        }
+    }
+
+    /// Tells whoever waits for a process how it ended.
+    pub fn answer_waiters(&mut self, id: u32) {
+        let Some(process) = self.processes.get_mut(&id) else { return };
+        let Some(outcome) = process.outcome() else { return };
+        for ticket in std::mem::take(&mut process.waiters) {
+            self.answer(ticket, outcome.clone());
+        }
+    }
+}
