@@ -162,8 +162,9 @@ impl Monitor {
         format!("the guest's agent did not come up within {} seconds; {status}", BOOT_PATIENCE.as_secs())
     }
 
-    /// Why the monitor ended, in its own words.
+    /// Why the monitor ended, in its own words. One that has only lost its agent is ended.
     pub(crate) fn last_words(&mut self, happened: &str) -> String {
+        self.end();
         let status = self.child.wait().map_or_else(|error| error.to_string(), |status| status.to_string());
         let log = fs::read(self.files.monitor_log()).unwrap_or_default();
         let tail = log.get(log.len().saturating_sub(SHOWN)..).unwrap_or_default();
