@@ -1,0 +1,166 @@
+//! What the processor says about itself: the host's features as KVM offers them, and this machine's topology, with
+//! the clock frequencies told so that the guest measures nothing.
+
+use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use kvm_ioctls::{Cap, Kvm, VcpuFd};
+
+use crate::error::{Error, Result};
+
+const KVM_BASE: u32 = 0x4000_0000;
+const KVM_TIMING: u32 = 0x4000_0010;
+/// KVM's local APIC counts in nanoseconds.
+const APIC_BUS_KHZ: u32 = 1_000_000;
+
+const LEAF1_ECX_TSC_DEADLINE: u32 = 1 << 24;
+const LEAF1_ECX_HYPERVISOR: u32 = 1 << 31;
+const LEAF1_EDX_HTT: u32 = 1 << 28;
+
+/// The features KVM offers on this host, before they are made one vCPU's own.
+///
+/// # Errors
+/// When KVM does not tell.
+pub fn supported(kvm: &Kvm) -> Result<CpuId> {
+    kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(Error::kvm("tell the processor features it supports"))
+}
+
+/// Gives a vCPU its identification: `supported`, as processor `id` of `count`.
+///
+/// # Errors
+/// When KVM refuses it.
+pub fn set(kvm: &Kvm, vcpu: &VcpuFd, supported: &CpuId, id: u8, count: u8) -> Result<()> {
+    let tsc_khz = vcpu.get_tsc_khz().unwrap_or(0);
+    let deadline = kvm.check_extension(Cap::TscDeadlineTimer);
+    let entries = specialise(supported.as_slice(), Vcpu { id, count, tsc_khz, deadline });
+    let cpuid =
+        CpuId::from_entries(&entries).map_err(|_| Error::KvmLacks("room for the processor features"))?;
+    vcpu.set_cpuid2(&cpuid).map_err(Error::kvm("set a vCPU's features"))
+}
+
+/// What makes one vCPU's identification differ from the host's.
+#[derive(Debug, Clone, Copy)]
+struct Vcpu {
+    id: u8,
+    count: u8,
+    tsc_khz: u32,
+    deadline: bool,
+}
+
+fn specialise(supported: &[kvm_cpuid_entry2], vcpu: Vcpu) -> Vec<kvm_cpuid_entry2> {
+    let mut entries: Vec<_> = supported
+        .iter()
+        .copied()
+        // The topology leaves are written anew below.
+        .filter(|entry| !matches!(entry.function, 0xb | 0x1f | 0x8000_001e | KVM_TIMING))
+        .collect();
+    let (id, count) = (u32::from(vcpu.id), u32::from(vcpu.count));
+    let id_bits = count.next_power_of_two().trailing_zeros();
+    let (mut amd, mut highest) = (false, 0);
+    for entry in &mut entries {
+        match entry.function {
+            0 => {
+                highest = entry.eax;
+                amd = entry.ebx == u32::from_le_bytes(*b"Auth") || entry.ebx == u32::from_le_bytes(*b"Hygo");
+            }
+            1 => {
+                entry.ebx = (entry.ebx & 0x0000_ffff) | (id << 24) | ((1 << id_bits) << 16);
+                entry.ecx |= LEAF1_ECX_HYPERVISOR;
+                set_bit(&mut entry.ecx, LEAF1_ECX_TSC_DEADLINE, vcpu.deadline);
+                set_bit(&mut entry.edx, LEAF1_EDX_HTT, count > 1);
+            }
+            // Cache sharing, Intel and AMD: caches of levels 1 and 2 belong to one processor, higher levels to all.
+            4 | 0x8000_001d if entry.eax & 0x1f != 0 => {
+                let level = (entry.eax >> 5) & 7;
+                let sharing = if level < 3 { 0 } else { (1 << id_bits) - 1 };
+                entry.eax = (entry.eax & !(0xfff << 14)) | (sharing << 14);
+                if entry.function == 4 {
+                    entry.eax = (entry.eax & !(0x3f << 26)) | (((1 << id_bits) - 1) << 26);
+                }
+            }
+            // No performance counters: probing them costs the guest's boot dozens of exits.
+            0xa => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
+            KVM_BASE => entry.eax = entry.eax.max(KVM_TIMING),
+            0x8000_0008 => entry.ecx = (entry.ecx & !0xf0ff) | (id_bits << 12) | (count - 1),
+            _ => {}
+        }
+    }
+    let leaf = |function, index, [eax, ebx, ecx, edx]: [u32; 4]| kvm_cpuid_entry2 {
+        function,
+        index,
+        flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+        eax,
+        ebx,
+        ecx,
+        edx,
+        ..Default::default()
+    };
+    if highest >= 0xb {
+        const THREAD: u32 = 1;
+        const CORE: u32 = 2;
+        entries.push(leaf(0xb, 0, [0, 1, THREAD << 8, id]));
+        entries.push(leaf(0xb, 1, [id_bits, count, CORE << 8 | 1, id]));
+        entries.push(leaf(0xb, 2, [0, 0, 2, id]));
+    }
+    if amd {
+        entries.push(leaf(0x8000_001e, 0, [id, id, 0, 0]));
+    }
+    if vcpu.tsc_khz != 0 {
+        let mut timing = leaf(KVM_TIMING, 0, [vcpu.tsc_khz, APIC_BUS_KHZ, 0, 0]);
+        timing.flags = 0;
+        entries.push(timing);
+    }
+    entries
+}
+
+fn set_bit(word: &mut u32, bit: u32, on: bool) {
+    *word = if on { *word | bit } else { *word & !bit };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn host() -> Vec<kvm_cpuid_entry2> {
+        let entry = |function, eax, ebx| kvm_cpuid_entry2 { function, eax, ebx, ..Default::default() };
+        vec![
+            entry(0, 0xd, u32::from_le_bytes(*b"Auth")),
+            entry(1, 0, 0x1234_5678),
+            entry(0xa, 7, 7),
+            entry(0xb, 9, 9),
+            entry(KVM_BASE, KVM_BASE + 1, 0),
+            entry(0x8000_0008, 48, 0),
+        ]
+    }
+
+    fn find(entries: &[kvm_cpuid_entry2], function: u32, index: u32) -> kvm_cpuid_entry2 {
+        *entries.iter().find(|entry| entry.function == function && entry.index == index).unwrap()
+    }
+
+    #[test]
+    fn every_vcpu_has_its_own_apic_id_and_the_whole_topology() {
+        for (id, count, bits) in [(0, 1, 0), (1, 2, 1), (2, 3, 2), (31, 32, 5)] {
+            let entries = specialise(&host(), Vcpu { id, count, tsc_khz: 2_000_000, deadline: true });
+            let one = find(&entries, 1, 0);
+            assert_eq!(one.ebx >> 24, u32::from(id));
+            assert_eq!(one.ebx & 0xffff, 0x5678);
+            assert_eq!(one.edx & LEAF1_EDX_HTT != 0, count > 1);
+            assert!(one.ecx & LEAF1_ECX_HYPERVISOR != 0 && one.ecx & LEAF1_ECX_TSC_DEADLINE != 0);
+            let core = find(&entries, 0xb, 1);
+            assert_eq!((core.eax, core.ebx, core.edx), (bits, u32::from(count), u32::from(id)));
+            assert_eq!(find(&entries, 0x8000_001e, 0).eax, u32::from(id));
+            assert_eq!(find(&entries, 0x8000_0008, 0).ecx, bits << 12 | u32::from(count - 1));
+            assert_eq!(find(&entries, 0xa, 0).eax, 0);
+        }
+    }
+
+    #[test]
+    fn the_guest_is_told_its_clocks() {
+        let vcpu = Vcpu { id: 0, count: 1, tsc_khz: 2_000_000, deadline: false };
+        let entries = specialise(&host(), vcpu);
+        assert_eq!(find(&entries, KVM_TIMING, 0).eax, 2_000_000);
+        assert!(find(&entries, KVM_BASE, 0).eax >= KVM_TIMING);
+        assert_eq!(find(&entries, 1, 0).ecx & LEAF1_ECX_TSC_DEADLINE, 0);
+        let entries = specialise(&host(), Vcpu { tsc_khz: 0, ..vcpu });
+        assert!(entries.iter().all(|entry| entry.function != KVM_TIMING));
+    }
+}

@@ -1,0 +1,335 @@
+//! The configuration of one microVM, as written in the JSON file given to `bulkhead-vmm --config`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::arch::layout;
+use crate::error::{Error, Result};
+
+/// Most vCPUs a machine can have.
+pub const MAX_VCPUS: u8 = 32;
+/// Most disks a machine can have: what is left of the interrupt lines after the other devices.
+pub const MAX_DISKS: usize = 12;
+/// Most layers a composite disk can have: entries in its partition table.
+pub const MAX_LAYERS: usize = 128;
+const MAX_RING_KIB: u32 = 16 * 1024;
+
+/// Everything the monitor needs to know to run one machine. Unknown keys are errors.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Processors and memory.
+    #[serde(default)]
+    pub machine: MachineConfig,
+    /// What is booted.
+    pub boot: BootConfig,
+    /// Disks in the order in which the guest sees them: vda, vdb, …
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<DiskConfig>,
+    /// Sockets between host and guest; absent: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<VsockConfig>,
+    /// Whether the guest gets a virtio entropy device. The kernel's generator is seeded in any case.
+    #[serde(default = "yes")]
+    pub rng: bool,
+    /// The console hvc0.
+    #[serde(default)]
+    pub console: ConsoleConfig,
+    /// The 8250 serial port at 0x3f8 (ttyS0). Its output always goes to the console ring; with this section it also has
+    /// an output of its own and an interrupt.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<SerialConfig>,
+    /// Path of the control socket to listen on; absent: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub control: Option<PathBuf>,
+    /// Path of the JSON report written when the machine ends; absent: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub report: Option<PathBuf>,
+}
+
+/// Processors and memory.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MachineConfig {
+    /// Number of virtual processors, 1 to [`MAX_VCPUS`].
+    pub vcpus: u8,
+    /// Guest memory in MiB.
+    pub memory_mib: u32,
+}
+
+impl Default for MachineConfig {
+    fn default() -> Self {
+        Self { vcpus: 1, memory_mib: 256 }
+    }
+}
+
+/// What is booted.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BootConfig {
+    /// ELF vmlinux or bzImage.
+    pub kernel: PathBuf,
+    /// Archive unpacked by the kernel into its root file system; absent: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initramfs: Option<PathBuf>,
+    /// Kernel command line. The monitor appends a `virtio_mmio.device=` for each of its devices.
+    #[serde(default = "default_cmdline")]
+    pub cmdline: String,
+}
+
+/// The command line of a machine that was not given one: quiet, and ending rather than hanging.
+pub const DEFAULT_CMDLINE: &str = "console=hvc0 panic=-1 reboot=k quiet";
+
+fn default_cmdline() -> String {
+    DEFAULT_CMDLINE.to_owned()
+}
+
+/// One disk: a raw file (`path`), or several read-only files shown as the partitions of one disk (`layers`).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskConfig {
+    /// Name for people, and the serial number the guest sees (its first 20 bytes).
+    pub id: String,
+    /// Whether the guest's writes are refused. Always true for `layers`.
+    #[serde(default)]
+    pub read_only: bool,
+    /// Raw image file or block device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// Files shown as partitions 1, 2, … of a disk with a GPT made by the monitor.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub layers: Vec<PathBuf>,
+}
+
+/// Sockets between host and guest.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VsockConfig {
+    /// The guest's context id, 3 or above.
+    #[serde(default = "default_cid")]
+    pub cid: u32,
+    /// Unix socket on which the host reaches the guest: connect, send `CONNECT <port>\n`, read `OK <port>\n`.
+    /// What the guest connects to on port P of context 2 goes to the unix socket `<socket>_P`.
+    pub socket: PathBuf,
+}
+
+fn default_cid() -> u32 {
+    3
+}
+
+/// The virtio console hvc0.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ConsoleConfig {
+    /// Where the guest's output goes, besides the ring.
+    pub output: Output,
+    /// Where the guest's input comes from.
+    pub input: Input,
+    /// How much of the latest output is kept for the report and `status`, in KiB.
+    pub ring_kib: u32,
+}
+
+impl Default for ConsoleConfig {
+    fn default() -> Self {
+        Self { output: Output::None, input: Input::None, ring_kib: 64 }
+    }
+}
+
+/// The serial port.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SerialConfig {
+    /// Where the guest's output goes, besides the ring.
+    pub output: Output,
+}
+
+impl Default for SerialConfig {
+    fn default() -> Self {
+        Self { output: Output::Stdout }
+    }
+}
+
+/// A place for output: `"none"`, `"stdout"` or a path.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(from = "String", into = "String")]
+pub enum Output {
+    /// Kept in the ring only.
+    None,
+    /// The monitor's standard output.
+    Stdout,
+    /// A file, created or appended to.
+    File(PathBuf),
+}
+
+impl From<String> for Output {
+    fn from(text: String) -> Self {
+        match text.as_str() {
+            "none" => Self::None,
+            "stdout" => Self::Stdout,
+            _ => Self::File(text.into()),
+        }
+    }
+}
+
+impl From<Output> for String {
+    fn from(output: Output) -> Self {
+        match output {
+            Output::None => "none".to_owned(),
+            Output::Stdout => "stdout".to_owned(),
+            Output::File(path) => path.to_string_lossy().into_owned(),
+        }
+    }
+}
+
+/// A source of console input.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Input {
+    /// No input.
+    None,
+    /// The monitor's standard input, in raw mode if it is a terminal.
+    Stdin,
+}
+
+fn yes() -> bool {
+    true
+}
+
+impl Config {
+    /// Reads and checks the file `path`.
+    ///
+    /// # Errors
+    /// When it cannot be read, is not JSON of this form, or asks for something impossible.
+    pub fn read(path: &Path) -> Result<Self> {
+        let text = fs::read_to_string(path).map_err(|source| Error::Input {
+            what: "configuration",
+            path: path.to_owned(),
+            source,
+        })?;
+        let config: Self = serde_json::from_str(&text)
+            .map_err(|source| Error::ConfigSyntax { path: path.to_owned(), source })?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// Checks what can be checked without touching a file or KVM.
+    ///
+    /// # Errors
+    /// The first thing found to be impossible, in words that name the key.
+    pub fn check(&self) -> Result<()> {
+        let complain = |message: String| Err(Error::Config(message));
+        let MachineConfig { vcpus, memory_mib } = self.machine;
+        if !(1..=MAX_VCPUS).contains(&vcpus) {
+            return complain(format!("machine.vcpus is {vcpus}, but must be 1 to {MAX_VCPUS}"));
+        }
+        if memory_mib == 0 || u64::from(memory_mib) > layout::MAX_MEMORY_MIB {
+            return complain(format!(
+                "machine.memory_mib is {memory_mib}, but must be 1 to {}",
+                layout::MAX_MEMORY_MIB
+            ));
+        }
+        if self.boot.cmdline.bytes().any(|byte| byte == 0 || byte == b'\n') {
+            return complain("boot.cmdline must be one line of text".to_owned());
+        }
+        if self.console.ring_kib > MAX_RING_KIB {
+            return complain(format!(
+                "console.ring_kib is {}, but must be at most {MAX_RING_KIB}",
+                self.console.ring_kib
+            ));
+        }
+        if self.disks.len() > MAX_DISKS {
+            return complain(format!(
+                "{} disks are asked for, but at most {MAX_DISKS} fit",
+                self.disks.len()
+            ));
+        }
+        for disk in &self.disks {
+            disk.check()?;
+        }
+        if let Some(vsock) = &self.vsock {
+            if vsock.cid < 3 || vsock.cid == u32::MAX {
+                return complain(format!("vsock.cid is {}, but 0, 1, 2 and 2^32-1 are reserved", vsock.cid));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl DiskConfig {
+    fn check(&self) -> Result<()> {
+        let id = &self.id;
+        match (&self.path, self.layers.len()) {
+            (Some(_), 0) => Ok(()),
+            (None, 1..=MAX_LAYERS) if self.read_only => Ok(()),
+            (None, 1..=MAX_LAYERS) => {
+                Err(Error::Config(format!("disk {id:?}: a disk of layers needs \"read_only\": true")))
+            }
+            (None, 0) => Err(Error::Config(format!("disk {id:?} needs \"path\" or \"layers\""))),
+            (None, n) => {
+                Err(Error::Config(format!("disk {id:?} has {n} layers, but at most {MAX_LAYERS} fit")))
+            }
+            (Some(_), _) => Err(Error::Config(format!("disk {id:?} has both \"path\" and \"layers\""))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config> {
+        let config: Config = serde_json::from_str(text)
+            .map_err(|source| Error::ConfigSyntax { path: "test".into(), source })?;
+        config.check().map(|()| config)
+    }
+
+    #[test]
+    fn the_smallest_configuration_is_a_kernel() {
+        let config = parse(r#"{"boot":{"kernel":"k"}}"#).unwrap();
+        assert_eq!(config.machine, MachineConfig { vcpus: 1, memory_mib: 256 });
+        assert_eq!(config.boot.cmdline, DEFAULT_CMDLINE);
+        assert!(config.rng && config.vsock.is_none() && config.disks.is_empty());
+    }
+
+    #[test]
+    fn unknown_keys_are_named() {
+        for text in [
+            r#"{"boot":{"kernel":"k"},"memroy":1}"#,
+            r#"{"boot":{"kernel":"k"},"machine":{"memroy":1}}"#,
+            r#"{"boot":{"kernel":"k"},"disks":[{"id":"a","path":"p","memroy":1}]}"#,
+        ] {
+            let Err(Error::ConfigSyntax { source, .. }) = parse(text) else { panic!("accepted {text}") };
+            assert!(source.to_string().contains("memroy"), "{source}");
+        }
+    }
+
+    #[test]
+    fn impossible_wishes_are_refused() {
+        for (text, word) in [
+            (r#"{"boot":{"kernel":"k"},"machine":{"vcpus":0}}"#, "vcpus"),
+            (r#"{"boot":{"kernel":"k"},"machine":{"vcpus":33}}"#, "vcpus"),
+            (r#"{"boot":{"kernel":"k"},"machine":{"memory_mib":0}}"#, "memory_mib"),
+            (r#"{"boot":{"kernel":"k"},"disks":[{"id":"a"}]}"#, "path"),
+            (r#"{"boot":{"kernel":"k"},"disks":[{"id":"a","path":"p","layers":["l"]}]}"#, "both"),
+            (r#"{"boot":{"kernel":"k"},"disks":[{"id":"a","layers":["l"]}]}"#, "read_only"),
+            (r#"{"boot":{"kernel":"k"},"vsock":{"cid":2,"socket":"s"}}"#, "cid"),
+            (r#"{"boot":{"kernel":"k","cmdline":"a\nb"}}"#, "cmdline"),
+        ] {
+            let error = parse(text).unwrap_err();
+            assert!(error.to_string().contains(word), "{text}: {error}");
+            assert_eq!(error.exit_status(), 64);
+        }
+    }
+
+    #[test]
+    fn what_is_written_reads_the_same() {
+        let text = r#"{"boot":{"kernel":"k","initramfs":"i","cmdline":"c"},
+            "disks":[{"id":"a","read_only":true,"layers":["l1","l2"]},{"id":"b","path":"p"}],
+            "vsock":{"cid":3,"socket":"s"},"console":{"output":"/tmp/o","input":"stdin","ring_kib":1},
+            "serial":{"output":"stdout"},"control":"c","report":"r"}"#;
+        let config = parse(text).unwrap();
+        assert_eq!(config, parse(&serde_json::to_string(&config).unwrap()).unwrap());
+    }
+}

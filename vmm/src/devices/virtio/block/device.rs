@@ -1,0 +1,115 @@
+//! What the guest sees of a disk.
+
+use std::sync::Arc;
+
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
+    VIRTIO_BLK_F_WRITE_ZEROES,
+};
+use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
+
+use super::disk::{Disk, SECTOR};
+use super::handler::Handler;
+use super::metrics::Metrics;
+use super::request::MAX_RANGES;
+use crate::devices::virtio::queue::DeviceQueue;
+use crate::devices::virtio::{Activation, F_COMMON, GuestError, Progress, VirtioDevice};
+
+const QUEUE_SIZE: u16 = 256;
+/// Data segments of one request: the queue less header and status.
+const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
+/// Most sectors of one discarded or zeroed range: 1 GiB, so that no single request takes long.
+const MAX_RANGE_SECTORS: u32 = 1 << 21;
+
+/// A disk.
+#[derive(Debug)]
+pub struct Block {
+    name: String,
+    disk: Arc<Disk>,
+    features: u64,
+    config: Vec<u8>,
+    handler: Option<Handler>,
+    metrics: Arc<Metrics>,
+}
+
+impl Block {
+    /// A device called `id` that shows `disk`.
+    pub fn new(id: &str, disk: Disk) -> Self {
+        let mut features = F_COMMON | 1 << VIRTIO_BLK_F_SEG_MAX;
+        if disk.read_only() {
+            features |= 1 << VIRTIO_BLK_F_RO;
+        } else {
+            features |= 1 << VIRTIO_BLK_F_FLUSH | 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES;
+        }
+        Self {
+            name: id.to_owned(),
+            config: config_space(disk.length() / SECTOR),
+            disk: Arc::new(disk),
+            features,
+            handler: None,
+            metrics: Arc::new(Metrics::default()),
+        }
+    }
+}
+
+/// `struct virtio_blk_config` (section 5.2.4).
+fn config_space(sectors: u64) -> Vec<u8> {
+    let mut config = vec![0; 60];
+    let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0, &sectors.to_le_bytes());
+    put(12, &SEG_MAX.to_le_bytes());
+    put(20, &(SECTOR as u32).to_le_bytes());
+    // Discard: sectors of a range, ranges, alignment. Write zeroes: sectors of a range, ranges, may unmap.
+    put(36, &MAX_RANGE_SECTORS.to_le_bytes());
+    put(40, &(MAX_RANGES as u32).to_le_bytes());
+    put(44, &8_u32.to_le_bytes());
+    put(48, &MAX_RANGE_SECTORS.to_le_bytes());
+    put(52, &(MAX_RANGES as u32).to_le_bytes());
+    put(56, &[1]);
+    config
+}
+
+impl VirtioDevice for Block {
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_BLOCK
+    }
+
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn queue_sizes(&self) -> &'static [u16] {
+        &[QUEUE_SIZE]
+    }
+
+    fn features(&self) -> u64 {
+        self.features
+    }
+
+    fn config(&self) -> &[u8] {
+        &self.config
+    }
+
+    fn activate(&mut self, activation: Activation) {
+        let Activation { memory, queues, interrupt, .. } = activation;
+        self.handler = queues.into_iter().next().map(|queue| Handler {
+            memory,
+            queue: DeviceQueue::new(queue, 0, &interrupt),
+            disk: Arc::clone(&self.disk),
+            id: self.name.clone(),
+            metrics: Arc::clone(&self.metrics),
+        });
+    }
+
+    fn reset(&mut self) {
+        self.handler = None;
+    }
+
+    fn queue_event(&mut self, _: usize) -> Result<Progress, GuestError> {
+        self.handler.as_mut().map_or(Ok(Progress::Done), Handler::process)
+    }
+
+    fn metrics(&self) -> serde_json::Value {
+        self.metrics.to_json()
+    }
+}

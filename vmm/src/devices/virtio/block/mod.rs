@@ -1,0 +1,10 @@
+//! Block device (section 5.2): raw files, and composite disks of several read-only files.
+
+mod device;
+pub mod disk;
+pub mod gpt;
+mod handler;
+mod metrics;
+mod request;
+
+pub use device::Block;

@@ -1,0 +1,194 @@
+//! What all queue handlers share: taking chains from a queue, giving them back, notifying the driver as seldom as it
+//! allows; and bounded access to what a chain points to.
+
+use std::sync::Arc;
+
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use vm_memory::{GuestAddress, GuestMemoryBackend, VolatileSlice};
+
+use super::GuestError;
+use super::interrupt::Interrupt;
+use crate::memory::GuestMemory;
+
+/// A chain of descriptors of this monitor's memory.
+pub type Chain<'m> = DescriptorChain<&'m GuestMemory>;
+
+/// Most descriptors taken from one chain. A chain of an indirect table could have 65,535.
+pub const MAX_DESCRIPTORS: usize = 1024;
+
+/// A queue in the hands of its device.
+#[derive(Debug)]
+pub struct DeviceQueue {
+    queue: Queue,
+    index: u16,
+    interrupt: Arc<Interrupt>,
+}
+
+impl DeviceQueue {
+    /// Takes over queue number `index`.
+    pub fn new(queue: Queue, index: u16, interrupt: &Arc<Interrupt>) -> Self {
+        Self { queue, index, interrupt: Arc::clone(interrupt) }
+    }
+
+    /// Number of entries.
+    pub fn size(&self) -> u16 {
+        self.queue.size()
+    }
+
+    fn blame<T>(&self, result: Result<T, virtio_queue::Error>) -> Result<T, GuestError> {
+        result.map_err(|source| GuestError::Queue { queue: self.index, source })
+    }
+
+    /// The next chain that the driver made available.
+    ///
+    /// # Errors
+    /// When the ring makes no sense.
+    pub fn pop<'m>(&mut self, memory: &'m GuestMemory) -> Result<Option<Chain<'m>>, GuestError> {
+        let index = self.index;
+        let mut available =
+            self.queue.iter(memory).map_err(|source| GuestError::Queue { queue: index, source })?;
+        Ok(available.next())
+    }
+
+    /// Puts the chain got last back, as if it had not been taken.
+    pub fn undo_pop(&mut self) {
+        self.queue.go_to_previous_position();
+    }
+
+    /// Gives chain `head` back with `written` bytes written into it.
+    ///
+    /// # Errors
+    /// When the ring or the chain's index makes no sense.
+    pub fn push(&mut self, memory: &GuestMemory, head: u16, written: u32) -> Result<(), GuestError> {
+        let result = self.queue.add_used(memory, head, written);
+        self.blame(result)
+    }
+
+    /// Interrupts the driver if it wants to know about what was given back since the last call.
+    ///
+    /// # Errors
+    /// When the ring makes no sense.
+    pub fn notify(&mut self, memory: &GuestMemory) -> Result<(), GuestError> {
+        let needed = self.queue.needs_notification(memory);
+        if self.blame(needed)? {
+            self.interrupt.used_buffer();
+        }
+        Ok(())
+    }
+
+    /// Asks the driver for a notification of the next chain; true if there is one already.
+    ///
+    /// # Errors
+    /// When the ring makes no sense.
+    pub fn enable_kicks(&mut self, memory: &GuestMemory) -> Result<bool, GuestError> {
+        let result = self.queue.enable_notification(memory);
+        self.blame(result)
+    }
+
+    /// Tells the driver that notifications are not needed for now.
+    ///
+    /// # Errors
+    /// When the ring makes no sense.
+    pub fn disable_kicks(&mut self, memory: &GuestMemory) -> Result<(), GuestError> {
+        let result = self.queue.disable_notification(memory);
+        self.blame(result)
+    }
+}
+
+/// Pieces of guest memory, in order.
+pub type Slices<'m> = Vec<VolatileSlice<'m>>;
+
+/// What a chain points to: first what the device reads, then what it writes.
+#[derive(Debug, Default)]
+pub struct Buffers<'m> {
+    /// Device-readable memory.
+    pub readable: Slices<'m>,
+    /// Device-writable memory.
+    pub writable: Slices<'m>,
+}
+
+impl<'m> Buffers<'m> {
+    /// Collects the chain's memory.
+    ///
+    /// # Errors
+    /// When it points outside of memory, has too many descriptors, or writable before readable ones.
+    pub fn of(memory: &'m GuestMemory, chain: Chain<'m>) -> Result<Self, GuestError> {
+        let mut buffers = Self::default();
+        for (count, descriptor) in chain.enumerate() {
+            if count >= MAX_DESCRIPTORS {
+                return Err(GuestError::Chain("a chain of more than 1024 descriptors"));
+            }
+            let list = if descriptor.is_write_only() {
+                &mut buffers.writable
+            } else if buffers.writable.is_empty() {
+                &mut buffers.readable
+            } else {
+                return Err(GuestError::Chain("a readable descriptor after a writable one"));
+            };
+            if descriptor.len() > 0 {
+                list.push(slice(memory, descriptor.addr(), descriptor.len() as usize)?);
+            }
+        }
+        Ok(buffers)
+    }
+}
+
+/// One piece of guest memory. The hole between the two regions cannot be crossed, and no driver does.
+fn slice(
+    memory: &GuestMemory,
+    address: GuestAddress,
+    length: usize,
+) -> Result<VolatileSlice<'_>, GuestError> {
+    Ok(memory.get_slice(address, length)?)
+}
+
+/// Bytes in all of `slices`.
+pub fn total(slices: &[VolatileSlice<'_>]) -> usize {
+    slices.iter().map(VolatileSlice::len).sum()
+}
+
+/// Splits `slices` after `at` bytes; `None` when they are shorter.
+pub fn split<'m>(slices: &[VolatileSlice<'m>], at: usize) -> Option<(Slices<'m>, Slices<'m>)> {
+    let (mut before, mut after, mut rest) = (Slices::new(), Slices::new(), at);
+    for slice in slices {
+        let here = rest.min(slice.len());
+        let (left, right) = slice.split_at(here).ok()?;
+        rest -= here;
+        before.extend((!left.is_empty()).then_some(left));
+        after.extend((!right.is_empty()).then_some(right));
+    }
+    (rest == 0).then_some((before, after))
+}
+
+/// Copies the first bytes of `slices` out; `None` when they are shorter than `buffer`.
+pub fn read_exact(slices: &[VolatileSlice<'_>], buffer: &mut [u8]) -> Option<()> {
+    let mut rest = buffer;
+    for slice in slices {
+        let here = rest.len().min(slice.len());
+        let (now, later) = rest.split_at_mut(here);
+        slice.copy_to(now);
+        rest = later;
+    }
+    rest.is_empty().then_some(())
+}
+
+/// Copies `buffer` to the start of `slices`; tells how much fitted.
+pub fn write(slices: &[VolatileSlice<'_>], buffer: &[u8]) -> usize {
+    let mut rest = buffer;
+    for slice in slices {
+        let here = rest.len().min(slice.len());
+        let (now, later) = rest.split_at(here);
+        slice.copy_from(now);
+        rest = later;
+    }
+    buffer.len() - rest.len()
+}
+
+/// The `iovec`s of `slices`, for calls that fill or empty guest memory directly. They are valid as long as guest memory,
+/// which is never unmapped.
+pub fn iovecs(slices: &[VolatileSlice<'_>]) -> Vec<libc::iovec> {
+    slices
+        .iter()
+        .map(|slice| libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() })
+        .collect()
+}

@@ -1,0 +1,101 @@
+//! What the guest sees of the socket device.
+
+use std::os::fd::RawFd;
+use std::path::Path;
+use std::sync::Arc;
+
+use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
+
+use super::handler::Handler;
+use super::metrics::Metrics;
+use super::muxer::Muxer;
+use crate::devices::virtio::queue::DeviceQueue;
+use crate::devices::virtio::{Activation, F_COMMON, GuestError, Progress, VirtioDevice};
+use crate::error::{Error, Result};
+
+/// Receive, transmit, event.
+const QUEUE_SIZES: [u16; 3] = [128, 128, 16];
+
+/// Sockets between host and guest.
+pub struct Vsock {
+    config: [u8; 8],
+    handler: Handler,
+    metrics: Arc<Metrics>,
+}
+
+impl Vsock {
+    /// A device for the guest with context id `cid`, listening on `socket`.
+    ///
+    /// # Errors
+    /// When it cannot listen there.
+    pub fn new(cid: u32, socket: &Path) -> Result<Self> {
+        let metrics = Arc::new(Metrics::default());
+        let muxer = Muxer::new(u64::from(cid), socket, Arc::clone(&metrics))
+            .map_err(|source| Error::Listen { path: socket.to_owned(), source })?;
+        Ok(Self {
+            config: u64::from(cid).to_le_bytes(),
+            handler: Handler { queues: None, muxer, metrics: Arc::clone(&metrics) },
+            metrics,
+        })
+    }
+}
+
+impl VirtioDevice for Vsock {
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_VSOCK
+    }
+
+    fn name(&self) -> &str {
+        "vsock"
+    }
+
+    fn queue_sizes(&self) -> &'static [u16] {
+        &QUEUE_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        F_COMMON
+    }
+
+    fn config(&self) -> &[u8] {
+        &self.config
+    }
+
+    fn activate(&mut self, activation: Activation) {
+        let Activation { memory, queues, interrupt, .. } = activation;
+        let mut queues = queues.into_iter().zip(0..).map(|(queue, i)| DeviceQueue::new(queue, i, &interrupt));
+        // The event queue is for migration between hosts; nothing is ever put into it.
+        if let (Some(receive), Some(transmit)) = (queues.next(), queues.next()) {
+            self.handler.queues = Some((memory, receive, transmit));
+        }
+    }
+
+    fn reset(&mut self) {
+        self.handler.queues = None;
+        self.handler.muxer.reset();
+    }
+
+    fn queue_event(&mut self, index: usize) -> Result<Progress, GuestError> {
+        match index {
+            0 => self.handler.receive(),
+            1 => self.handler.transmit(),
+            _ => Ok(Progress::Done),
+        }
+    }
+
+    fn host_fds(&self) -> Vec<RawFd> {
+        vec![self.handler.muxer.fd()]
+    }
+
+    fn host_event(&mut self, _: RawFd) -> Result<Progress, GuestError> {
+        self.handler.host_event()
+    }
+
+    fn finish(&mut self) {
+        self.handler.muxer.finish();
+    }
+
+    fn metrics(&self) -> serde_json::Value {
+        self.metrics.to_json()
+    }
+}
