@@ -1,6 +1,30 @@
 //! Whole-system tests, one file a topic. Each runs inside a KVM host of its own; see `tests/README.md`.
 
+mod archives;
+mod bad_input;
+mod containers;
+mod figures;
+mod flags;
 mod framework;
+mod isolation;
+mod many;
+mod monitor;
+mod real_images;
+mod run;
+mod terminal;
+
+use anyhow::Result;
+use bulkhead_tests::host::Host;
+use bulkhead_tests::process::Finished;
+use bulkhead_tests::registry::Needs;
+
+/// What most tests need.
+const BUSYBOX: Needs = Needs::images(Needs::bulkhead(), &["busybox"]);
+
+/// `bulkhead run --rm FLAGS busybox sh -c SCRIPT`.
+fn shell(host: &Host, flags: &[&str], script: &str) -> Result<Finished> {
+    host.bulkhead_program(["run", "--rm"]).args(flags).args(["busybox", "sh", "-c", script]).run()
+}
 
 fn main() {
     bulkhead_tests::runner::main()

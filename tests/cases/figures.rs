@@ -1,0 +1,113 @@
+//! Figures: how long a container takes to start and to return, beside runc and crun in the same host.
+//!
+//! Times are the host's own. In the emulated host they count instructions (2 ns each): the same in every run, and to be
+//! compared with each other, not with those of another machine.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use bulkhead_tests::host::Host;
+use bulkhead_tests::process::Program;
+use bulkhead_tests::test;
+use serde_json::Value;
+
+use crate::BUSYBOX;
+
+const ROUNDS: usize = 5;
+
+/// From the start of a command to its first output, and to its end. The middle one of several rounds each.
+struct Times {
+    first_output: Duration,
+    end: Duration,
+}
+
+fn measure(mut program: impl FnMut(&str, usize) -> Program) -> Result<Times> {
+    // Once for nothing, so that everything is in the page cache.
+    program("true", ROUNDS).run()?.ok()?;
+    let mut first_output = Vec::new();
+    let mut end = Vec::new();
+    for round in 0..ROUNDS {
+        let start = Instant::now();
+        let running = program("echo", 2 * ROUNDS + round).spawn()?;
+        running.wait_for("x", Duration::from_secs(20))?;
+        first_output.push(start.elapsed());
+        running.wait()?.ok()?;
+        end.push(program("true", ROUNDS + 1 + round).run()?.ok()?.took);
+    }
+    first_output.sort();
+    end.sort();
+    Ok(Times { first_output: first_output[ROUNDS / 2], end: end[ROUNDS / 2] })
+}
+
+/// A bundle whose process is `applet x`.
+fn bundle(host: &Host, runtime: &str, applet: &str) -> Result<PathBuf> {
+    let bundle = host.work().join(runtime).join(applet);
+    fs::create_dir_all(bundle.join("rootfs/bin"))?;
+    fs::copy("/usr/bin/busybox", bundle.join("rootfs/bin").join(applet))?;
+    Program::new([runtime, "spec"]).dir(&bundle).run()?.ok()?;
+    let file = bundle.join("config.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&file)?)?;
+    config["process"]["terminal"] = false.into();
+    config["process"]["args"] = serde_json::json!([applet, "x"]);
+    fs::write(file, config.to_string())?;
+    Ok(bundle)
+}
+
+fn timeline(trace: &Path) -> Result<Vec<(String, f64)>> {
+    let trace: Value = serde_json::from_slice(&fs::read(trace)?)?;
+    let events = trace["traceEvents"].as_array().context("no traceEvents")?;
+    let row = |event: &Value| {
+        let name = format!("{:<9} {}", event["cat"].as_str()?, event["name"].as_str()?);
+        Some((name, (event["ts"].as_f64()? + event["dur"].as_f64()?) / 1000.0))
+    };
+    Ok(events.iter().filter_map(row).collect())
+}
+
+test!(start_beside_runc_and_crun, BUSYBOX.deadline(120).shows_output());
+fn start_beside_runc_and_crun(host: &Host) -> Result<()> {
+    let mut rows = vec![(
+        "bulkhead run",
+        measure(|applet, _| host.bulkhead_program(["run", "--rm", "busybox", applet, "x"]))?,
+    )];
+    for runtime in ["runc", "crun"] {
+        let (echo, quiet) = (bundle(host, runtime, "echo")?, bundle(host, runtime, "true")?);
+        let state = host.work().join("state");
+        let times = measure(|applet, number| {
+            let bundle = if applet == "echo" { &echo } else { &quiet };
+            let id = format!("c{number}");
+            Program::new([runtime, "--root"])
+                .args([&state])
+                .args(["run", "--bundle"])
+                .args([bundle])
+                .args([id])
+        })?;
+        rows.push((if runtime == "runc" { "runc run" } else { "crun run" }, times));
+    }
+    let ours = &rows[0].1;
+    let (first, end) = (ours.first_output.as_secs_f64(), ours.end.as_secs_f64());
+    println!(
+        "| busybox, cold start, host's time | first output, ms | ours / theirs | `true` returns, ms | ours / theirs |"
+    );
+    println!("|---|---|---|---|---|");
+    for (name, times) in &rows {
+        println!(
+            "| {name} | {:.1} | {:.2} | {:.1} | {:.2} |",
+            times.first_output.as_secs_f64() * 1e3,
+            first / times.first_output.as_secs_f64(),
+            times.end.as_secs_f64() * 1e3,
+            end / times.end.as_secs_f64(),
+        );
+    }
+
+    let trace = host.work().join("timeline.json");
+    host.bulkhead_program(["run", "--rm", "busybox", "true"]).env("BULKHEAD_TRACE", &trace).run()?.ok()?;
+    println!("\n| step of `bulkhead run --rm busybox true` | done after, ms | took, ms |\n|---|---|---|");
+    let mut before = 0.0;
+    for (name, at) in timeline(&trace)? {
+        println!("| {name} | {at:.2} | {:.2} |", at - before);
+        before = at;
+    }
+    Ok(())
+}
