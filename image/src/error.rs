@@ -160,7 +160,7 @@ pub enum Error {
     },
 
     /// A file of the store is damaged.
-    #[error("the store's {} is damaged: {why}; `bulkhead image rm` the image and load it again", path.display())]
+    #[error("the store's {} is damaged: {why}; loading or pulling the image again repairs it", path.display())]
     DamagedStore {
         /// The file.
         path: PathBuf,
