@@ -85,7 +85,8 @@ impl<R: Skip> Archive<R> {
             let Some(block) = self.header()? else { return Ok(None) };
             let header = tar::Header::from_byte_slice(&block);
             let type_byte = header.entry_type().as_byte();
-            let plain_size = header.entry_size().map_err(|_| bad("a header has a broken size"))?;
+            let plain_size =
+                number(&block, SIZE, header.entry_size()).ok_or_else(|| bad("a header has a broken size"))?;
             match type_byte {
                 b'x' => {
                     let records = self.document(plain_size, MAX_PAX)?;
@@ -96,29 +97,30 @@ impl<R: Skip> Archive<R> {
                 b'L' => overrides.path = Some(until_nul(self.document(plain_size, MAX_LONG_NAME)?)),
                 b'K' => overrides.link = Some(until_nul(self.document(plain_size, MAX_LONG_NAME)?)),
                 b'S' => return Err(bad("it has GNU sparse files; build it without --sparse")),
-                _ => return self.entry(header, overrides, type_byte, plain_size).map(Some),
+                _ => return self.entry(&block, overrides, type_byte, plain_size).map(Some),
             }
         }
     }
 
     fn entry(
         &mut self,
-        header: &tar::Header,
+        block: &[u8; BLOCK as usize],
         overrides: Overrides,
         type_byte: u8,
         plain_size: u64,
     ) -> Result<Entry, Fault> {
+        let header = tar::Header::from_byte_slice(block);
         let path = overrides.path.unwrap_or_else(|| header.path_bytes().into_owned());
         let link = overrides
             .link
             .unwrap_or_else(|| header.link_name_bytes().map(|link| link.into_owned()).unwrap_or_default());
         let device = || {
-            let number = |part: io::Result<Option<u32>>| part.map(Option::unwrap_or_default);
-            let broken = |_| named(&path, "has a broken device number");
-            Ok::<_, Fault>((
-                number(header.device_major()).map_err(broken)?,
-                number(header.device_minor()).map_err(broken)?,
-            ))
+            let part = |field, part: io::Result<Option<u32>>| {
+                let part = number(block, field, part.map(|part| part.unwrap_or_default().into()));
+                part.and_then(|part| u32::try_from(part).ok())
+                    .ok_or_else(|| named(&path, "has a broken device number"))
+            };
+            Ok::<_, Fault>((part(MAJOR, header.device_major())?, part(MINOR, header.device_minor())?))
         };
         let kind = match type_byte {
             0 if path.ends_with(b"/") => EntryKind::Directory,
@@ -137,19 +139,23 @@ impl<R: Skip> Archive<R> {
             _ => 0,
         };
         self.begin(size)?;
-        let id = |pax: Option<u64>, plain: io::Result<u64>| {
-            let id = pax.map_or(plain, Ok).ok().and_then(|id| u32::try_from(id).ok());
+        let id = |pax: Option<u64>, field, plain| {
+            let id = pax.or_else(|| number(block, field, plain)).and_then(|id| u32::try_from(id).ok());
             id.ok_or_else(|| named(&path, "has a broken owner or group"))
         };
         let (mtime, mtime_nsec) = match overrides.mtime {
             Some(mtime) => mtime,
-            None => (header.mtime().map_err(|_| named(&path, "has a broken time"))?.cast_signed(), 0),
+            None => {
+                let seconds = number(block, MTIME, header.mtime());
+                (seconds.ok_or_else(|| named(&path, "has a broken time"))?.cast_signed(), 0)
+            }
         };
-        let permissions = header.mode().map_err(|_| named(&path, "has a broken mode"))? & 0o7777;
+        let mode = number(block, MODE, header.mode().map(u64::from));
+        let permissions = mode.ok_or_else(|| named(&path, "has a broken mode"))? & 0o7777;
         let metadata = Metadata {
             permissions: u16::try_from(permissions).unwrap_or_default(),
-            uid: id(overrides.uid, header.uid())?,
-            gid: id(overrides.gid, header.gid())?,
+            uid: id(overrides.uid, UID, header.uid())?,
+            gid: id(overrides.gid, GID, header.gid())?,
             mtime,
             mtime_nsec,
             xattrs: overrides.xattrs,
@@ -283,6 +289,22 @@ fn parse_time(text: &[u8]) -> Option<(i64, u32)> {
         return Some((seconds.checked_sub(1)?, 1_000_000_000 - nanoseconds));
     }
     Some((seconds, nanoseconds))
+}
+
+/// Where a header has its numbers.
+type Field = std::ops::Range<usize>;
+const MODE: Field = 100..108;
+const UID: Field = 108..116;
+const GID: Field = 116..124;
+const SIZE: Field = 124..136;
+const MTIME: Field = 136..148;
+const MAJOR: Field = 329..337;
+const MINOR: Field = 337..345;
+
+/// A number as the `tar` crate read it; but a blank field is 0, as for everybody else.
+fn number(block: &[u8; BLOCK as usize], field: Field, parsed: io::Result<u64>) -> Option<u64> {
+    let blank = || block.get(field)?.iter().all(|byte| matches!(byte, 0 | b' ')).then_some(0);
+    parsed.ok().or_else(blank)
 }
 
 fn until_nul(mut bytes: Vec<u8>) -> Vec<u8> {
