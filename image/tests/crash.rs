@@ -18,7 +18,8 @@ const ARCHIVE: &str = "BULKHEAD_TEST_ARCHIVE";
 
 fn large() -> TestImage {
     let layer = |name: &str| {
-        let files = (0..60).fold(Layer::new(), |layer, index| layer.file(&format!("{name}/{index}"), &noise(6_000)));
+        let files =
+            (0..60).fold(Layer::new(), |layer, index| layer.file(&format!("{name}/{index}"), &noise(6_000)));
         files.tar()
     };
     TestImage::new("large:1", ["a", "b", "c", "d"].map(layer).to_vec(), json!({"User": "0"}))
@@ -92,7 +93,10 @@ fn kills_leave_nothing_visible() {
 }
 
 fn sizes(root: &Path) -> Vec<(String, u64)> {
-    files(root).into_iter().map(|name| (name.clone(), fs::metadata(root.join(&name)).unwrap().len())).collect()
+    files(root)
+        .into_iter()
+        .map(|name| (name.clone(), fs::metadata(root.join(&name)).unwrap().len()))
+        .collect()
 }
 
 #[test]
@@ -104,7 +108,8 @@ fn a_full_disk_is_said_so_and_nothing_is_kept() {
     fs::create_dir(&root).unwrap();
     for (size, fits) in [("64k", false), ("1m", false), ("1300k", false), ("1500k", false), ("32m", true)] {
         let options = format!("size={size}");
-        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(&root).status();
+        let mounted =
+            Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(&root).status();
         if !mounted.is_ok_and(|status| status.success()) {
             eprintln!("SKIPPED: cannot mount a tmpfs");
             return;

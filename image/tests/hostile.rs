@@ -17,7 +17,8 @@ fn limits() -> Limits {
 
 fn convert(input: impl Read) -> Result<(Vec<u8>, Vec<String>), Fault> {
     let mut image = Vec::new();
-    let (_, notes) = convert_tar(input, Cursor::new(&mut image), Cursor::new(Vec::new()), &limits(), [0; 16])?;
+    let (_, notes) =
+        convert_tar(input, Cursor::new(&mut image), Cursor::new(Vec::new()), &limits(), [0; 16])?;
     Ok((image, notes))
 }
 
@@ -34,7 +35,8 @@ fn tree(image: Vec<u8>) -> Vec<(String, Inode, Vec<String>)> {
     while let Some((path, inode)) = pending.pop() {
         if inode.is_directory() {
             for (name, nid) in reader.read_directory(&inode).unwrap() {
-                pending.push((format!("{path}/{}", String::from_utf8_lossy(&name)), reader.inode(nid).unwrap()));
+                pending
+                    .push((format!("{path}/{}", String::from_utf8_lossy(&name)), reader.inode(nid).unwrap()));
             }
         }
         let xattrs = reader.xattrs(&inode).unwrap();
@@ -85,13 +87,19 @@ fn links_are_kept_inside_the_layer() {
 fn absurd_names_and_sizes_are_refused() {
     refused(Layer::new().file(&"n".repeat(256), b""), "longer than 255");
     refused(Layer::new().file(&"a/".repeat(600), b""), "depth");
-    refused(Layer::new().raw(EntryType::Regular, "n/".repeat(2500).as_bytes(), b"", b"", 0, (0, 0)), "length of a path");
+    refused(
+        Layer::new().raw(EntryType::Regular, "n/".repeat(2500).as_bytes(), b"", b"", 0, (0, 0)),
+        "length of a path",
+    );
     refused(Layer::new().pax([("path", &b"a\0b"[..])]).file("x", b""), "NUL");
     refused(Layer::new().raw(EntryType::Regular, b"", b"", b"x", 0, (0, 0)), "replace the root");
     refused(Layer::new().symlink("a", ""), "empty, too long or broken target");
     refused(Layer::new().pax([("linkpath", "t".repeat(5000).as_bytes())]).symlink("a", "x"), "too long");
     refused(Layer::new().pax([("uid", &b"4294967296"[..])]).file("a", b""), "owner");
-    refused(Layer::new().pax([("size", &b"9223372036854775807"[..])]).file("a", b""), "size of its files is more than");
+    refused(
+        Layer::new().pax([("size", &b"9223372036854775807"[..])]).file("a", b""),
+        "size of its files is more than",
+    );
     refused(Layer::new().pax([("size", &b"18446744073709551615"[..])]).file("a", b""), "absurd");
     refused(Layer::new().pax([("GNU.sparse.major", &b"1"[..])]).file("a", b""), "sparse");
     refused(Layer::new().pax([("mtime", &b"1e400"[..])]).file("a", b""), "broken time");
@@ -165,7 +173,9 @@ fn whiteouts_and_entries_of_one_layer_in_any_order() {
     assert_eq!(opaque(Layer::new().file("d/a", b"").file(".wh.d", b"")), hides);
     assert_eq!(opaque(Layer::new().file("d/.wh..wh..opq", b"").directory("d")), hides);
     assert_eq!(opaque(Layer::new().directory("d").file("d/.wh..wh..plnk", b"")), (true, vec![]));
-    let found = tree(convert(&Layer::new().file("a", b"x").file(".wh.a", b"").file(".wh.b", b"").tar()[..]).unwrap().0);
+    let found = tree(
+        convert(&Layer::new().file("a", b"x").file(".wh.a", b"").file(".wh.b", b"").tar()[..]).unwrap().0,
+    );
     assert!(found[1].1.is_file(), "what the layer itself has stays");
     assert!(found[2].1.is_whiteout());
 }

@@ -68,8 +68,16 @@ fn look(root: &Path) -> BTreeMap<OsString, Seen> {
         seen.insert(
             path.strip_prefix(root).unwrap().as_os_str().to_owned(),
             (
-                metadata.mode(), metadata.uid(), metadata.gid(), size, links, metadata.mtime(), metadata.mtime_nsec(),
-                device, content, xattrs(&path),
+                metadata.mode(),
+                metadata.uid(),
+                metadata.gid(),
+                size,
+                links,
+                metadata.mtime(),
+                metadata.mtime_nsec(),
+                device,
+                content,
+                xattrs(&path),
             ),
         );
     }
@@ -133,7 +141,8 @@ fn everything() -> Layer {
         layer = layer.file(&format!("sizes/{size}"), &noise(size));
     }
     for index in 0..1000 {
-        layer = layer.file(&format!("many/file-with-a-rather-long-name-{index:04}"), format!("{index}").as_bytes());
+        layer = layer
+            .file(&format!("many/file-with-a-rather-long-name-{index:04}"), format!("{index}").as_bytes());
     }
     layer
 }
@@ -204,7 +213,9 @@ fn overlayfs_understands_the_whiteouts() {
         let image = scratch.path().join(format!("{name}.erofs"));
         convert(&tar, &image);
         let at = scratch.path().join(name);
-        let Some(mount) = mount(&["-t", "erofs", "-o", "loop,ro", image.to_str().unwrap()], &at) else { return };
+        let Some(mount) = mount(&["-t", "erofs", "-o", "loop,ro", image.to_str().unwrap()], &at) else {
+            return;
+        };
         mounts.push(mount);
     }
     let at = scratch.path().join("merged");
