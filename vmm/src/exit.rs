@@ -1,8 +1,8 @@
 //! How a machine ends, and the one place where that is decided.
 
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 
-use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::error::STATUS_CRASH;
@@ -10,8 +10,7 @@ use crate::report::Crash;
 use crate::sync::lock;
 
 /// How the machine ended.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
     /// The guest wrote this status to the exit device.
     Exited(u8),
@@ -38,6 +37,31 @@ impl Outcome {
         }
     }
 
+    /// As one word that is never 0, so that a signal handler can store it.
+    fn to_word(&self) -> u32 {
+        match self {
+            Self::Exited(status) => 0x100 | u32::from(*status),
+            Self::Reboot => 0x200,
+            Self::Panic => 0x300,
+            Self::Crash => 0x400,
+            Self::Quit => 0x500,
+            Self::Signal(signal) => 0x600 | u32::from(*signal),
+        }
+    }
+
+    fn from_word(word: u32) -> Option<Self> {
+        let [detail, kind, _, _] = word.to_le_bytes();
+        Some(match kind {
+            0 => return None,
+            1 => Self::Exited(detail),
+            2 => Self::Reboot,
+            3 => Self::Panic,
+            5 => Self::Quit,
+            6 => Self::Signal(detail),
+            _ => Self::Crash,
+        })
+    }
+
     /// The outcome's name in the report.
     pub fn name(&self) -> &'static str {
         match self {
@@ -57,7 +81,8 @@ pub struct ExitRequest(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    outcome: OnceLock<Outcome>,
+    /// [`Outcome::to_word`], or 0.
+    outcome: AtomicU32,
     crash: Mutex<Option<Crash>>,
     event: EventFd,
 }
@@ -69,12 +94,13 @@ impl ExitRequest {
     /// When no eventfd can be had.
     pub fn new() -> std::io::Result<Self> {
         let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
-        Ok(Self(Arc::new(Inner { outcome: OnceLock::new(), crash: Mutex::new(None), event })))
+        Ok(Self(Arc::new(Inner { outcome: AtomicU32::new(0), crash: Mutex::new(None), event })))
     }
 
-    /// Ends the machine with `outcome`, unless its end was decided already.
+    /// Ends the machine with `outcome`, unless its end was decided already. Signal handlers may call this.
     pub fn request(&self, outcome: Outcome) {
-        if self.0.outcome.set(outcome).is_ok() {
+        let word = outcome.to_word();
+        if self.0.outcome.compare_exchange(0, word, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
             // An eventfd that is written once cannot be full.
             let _ = self.0.event.write(1);
         }
@@ -87,8 +113,8 @@ impl ExitRequest {
     }
 
     /// The outcome, once requested.
-    pub fn outcome(&self) -> Option<&Outcome> {
-        self.0.outcome.get()
+    pub fn outcome(&self) -> Option<Outcome> {
+        Outcome::from_word(self.0.outcome.load(Ordering::SeqCst))
     }
 
     /// What is known about a crash.
@@ -99,5 +125,35 @@ impl ExitRequest {
     /// Becomes readable when an outcome is requested.
     pub fn event(&self) -> &EventFd {
         &self.0.event
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_outcome_survives_as_a_word() {
+        for outcome in [
+            Outcome::Exited(0),
+            Outcome::Exited(255),
+            Outcome::Reboot,
+            Outcome::Panic,
+            Outcome::Crash,
+            Outcome::Quit,
+            Outcome::Signal(15),
+        ] {
+            assert_eq!(Outcome::from_word(outcome.to_word()), Some(outcome));
+        }
+        assert_eq!(Outcome::from_word(0), None);
+    }
+
+    #[test]
+    fn the_first_request_counts() {
+        let exit = ExitRequest::new().unwrap();
+        assert_eq!(exit.outcome(), None);
+        exit.request(Outcome::Exited(3));
+        exit.request(Outcome::Reboot);
+        assert_eq!(exit.outcome(), Some(Outcome::Exited(3)));
     }
 }

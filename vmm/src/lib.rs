@@ -30,6 +30,7 @@ pub mod exit;
 pub mod machine;
 pub mod memory;
 pub mod report;
+pub mod signals;
 pub mod sync;
 pub mod timeline;
 pub mod vcpu;

@@ -130,6 +130,21 @@ impl Machine {
     }
 }
 
+/// Checks everything about `config` that can be checked without running it: files, kernel, sizes, KVM.
+///
+/// # Errors
+/// As [`Machine::build`].
+pub fn check(config: &Config) -> Result<()> {
+    open_kvm()?;
+    let bytes = u64::from(config.machine.memory_mib) << 20;
+    for disk in &config.disks {
+        open_disk(disk)?;
+    }
+    let memory = memory::create(bytes)?;
+    let cmdline = kernel_cmdline(config)?;
+    boot::load(&memory, bytes, config.machine.vcpus, &config.boot, &cmdline).map(drop)
+}
+
 /// What the control socket can see and do.
 pub struct Running {
     /// As built.
@@ -195,6 +210,7 @@ fn create_vcpus(kvm: &Kvm, vm: &VmFd, count: u8, entry: u64) -> Result<Vec<VcpuF
             let vcpu = vm.create_vcpu(u64::from(id)).map_err(Error::kvm("create a vCPU"))?;
             cpuid::set(kvm, &vcpu, &features, id, count)?;
             regs::set_msrs(&vcpu)?;
+            regs::set_xcr0(&vcpu, cpuid::extended_states(&features));
             // The others wait until the guest starts them.
             if id == 0 {
                 regs::set_boot_registers(&vcpu, entry)?;
@@ -262,7 +278,7 @@ impl Devices {
     /// The final outcome, and the report on everything.
     fn conclude(&self, exit: &ExitRequest, timeline: &Timeline) -> (Outcome, Report) {
         let crash = exit.take_crash();
-        let mut outcome = exit.outcome().cloned().unwrap_or(Outcome::Quit);
+        let mut outcome = exit.outcome().unwrap_or(Outcome::Quit);
         // A kernel that panics reboots (panic=-1), by keyboard controller or triple fault.
         if matches!(outcome, Outcome::Reboot | Outcome::Crash) && self.console.panicked() {
             outcome = Outcome::Panic;

@@ -37,6 +37,12 @@ pub fn set(kvm: &Kvm, vcpu: &VcpuFd, supported: &CpuId, id: u8, count: u8) -> Re
     vcpu.set_cpuid2(&cpuid).map_err(Error::kvm("set a vCPU's features"))
 }
 
+/// The extended processor states among `supported`, as bits of XCR0.
+pub fn extended_states(supported: &CpuId) -> u64 {
+    let leaf = supported.as_slice().iter().find(|entry| entry.function == 0xd && entry.index == 0);
+    leaf.map_or(0, |leaf| u64::from(leaf.edx) << 32 | u64::from(leaf.eax))
+}
+
 /// What makes one vCPU's identification differ from the host's.
 #[derive(Debug, Clone, Copy)]
 struct Vcpu {

@@ -20,6 +20,9 @@ const RFLAGS_RESERVED: u64 = 1 << 1;
 const PAGE_PRESENT_WRITABLE: u64 = 0b11;
 const PAGE_LARGE: u64 = 1 << 7;
 
+/// x87, SSE, AVX and AVX-512; not AMX, which processes must be permitted to use.
+const XCR0_STATIC: u64 = 0b1110_0111;
+
 const MSR_IA32_MISC_ENABLE: u32 = 0x1a0;
 const MISC_ENABLE_FAST_STRING: u64 = 1;
 const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
@@ -103,6 +106,18 @@ fn segment(index: u16) -> kvm_segment {
         avl: bit(52),
         unusable: 0,
         padding: 0,
+    }
+}
+
+/// Enables the extended processor state (SSE, AVX, …) that the guest will enable anyway. With it KVM does not have to
+/// switch XCR0 on every entry and exit until then, and it is right from the start where a nested hypervisor fails to tell
+/// KVM of the guest's own switch (QEMU's SVM emulation). Best effort: the guest does not depend on it.
+pub fn set_xcr0(vcpu: &VcpuFd, supported: u64) {
+    if let Ok(mut xcrs) = vcpu.get_xcrs() {
+        if let Some(xcr0) = xcrs.xcrs.first_mut().filter(|xcr0| xcr0.xcr == 0) {
+            xcr0.value |= supported & XCR0_STATIC;
+            let _ = vcpu.set_xcrs(&xcrs);
+        }
     }
 }
 

@@ -34,6 +34,7 @@ mod register {
     pub const QUEUE_NUM_MAX: u64 = 0x34;
     pub const QUEUE_NUM: u64 = 0x38;
     pub const QUEUE_READY: u64 = 0x44;
+    /// The driver writes a queue's index here when it has made buffers available.
     pub const QUEUE_NOTIFY: u64 = 0x50;
     pub const INTERRUPT_STATUS: u64 = 0x60;
     pub const INTERRUPT_ACK: u64 = 0x64;
@@ -202,7 +203,7 @@ impl MmioTransport {
             register::QUEUE_SEL => state.queue_sel = value,
             register::STATUS => self.write_status(&mut state, value),
             // Where ioeventfds are not wired, notifications come here.
-            register::QUEUE_NOTIFY => {
+            QUEUE_NOTIFY => {
                 if let Some(kick) = self.kicks.get(value as usize) {
                     let _ = kick.write(1);
                 }
