@@ -82,8 +82,8 @@ pub(crate) fn digest_of(descriptor: &Descriptor) -> Result<Digest> {
 
 /// What a document that a descriptor or tag refers to is.
 pub(crate) enum Document {
-    Index(ImageIndex),
-    Manifest(ImageManifest),
+    Index(Box<ImageIndex>),
+    Manifest(Box<ImageManifest>),
 }
 
 impl Document {
@@ -91,13 +91,13 @@ impl Document {
     pub(crate) fn parse(what: &str, bytes: &[u8]) -> Result<Self> {
         let value: serde_json::Value = parse(what, bytes)?;
         if value.get("manifests").is_some() {
-            return Ok(Self::Index(parse(what, bytes)?));
+            return Ok(Self::Index(Box::new(parse(what, bytes)?)));
         }
         if value.get("schemaVersion").and_then(serde_json::Value::as_u64) == Some(1) {
             let why = "it is in Docker's schema 1 format of before 2016; push it again with a current tool";
             return Err(Error::BadImage { what: what.to_owned(), why: why.to_owned() });
         }
-        Ok(Self::Manifest(parse(what, bytes)?))
+        Ok(Self::Manifest(Box::new(parse(what, bytes)?)))
     }
 }
 

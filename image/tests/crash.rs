@@ -1,4 +1,5 @@
 //! Kills at any moment, and full disks.
+#![allow(clippy::unwrap_used, reason = "a test's helpers fail the test")]
 
 mod common;
 

@@ -1,4 +1,5 @@
 //! Archives made to do harm.
+#![allow(clippy::unwrap_used, reason = "a test's helpers fail the test")]
 
 mod common;
 

@@ -1,6 +1,7 @@
 //! What a real kernel sees in our EROFS files, compared with what GNU tar extracts.
 //!
 //! Needs root, loop devices and EROFS in the kernel of this machine; says so when something is missing.
+#![allow(clippy::unwrap_used, reason = "a test's helpers fail the test")]
 
 mod common;
 

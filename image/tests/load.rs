@@ -1,4 +1,5 @@
 //! Loading, finding and removing images.
+#![allow(clippy::unwrap_used, reason = "a test's helpers fail the test")]
 
 mod common;
 

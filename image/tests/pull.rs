@@ -1,4 +1,5 @@
 //! Pulling from Debian's `docker-registry` on loopback.
+#![allow(clippy::unwrap_used, reason = "a test's helpers fail the test")]
 #![cfg(feature = "pull")]
 
 mod common;

@@ -4,6 +4,7 @@
 //! layer is written while it is being read; directories and then inodes come after it, and the superblock in block 0
 //! says where. The format is described by `fs/erofs/erofs_fs.h` and `Documentation/filesystems/erofs.rst` of Linux.
 
+mod encode;
 mod format;
 mod reader;
 mod stack;

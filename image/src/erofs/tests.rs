@@ -201,7 +201,7 @@ fn large_directories_and_many_links() {
 #[test]
 fn short_content_is_an_error() {
     let mut writer = Writer::new(Cursor::new(Vec::new()), Cursor::new(Vec::new())).unwrap();
-    assert!(matches!(writer.add_file(&mut &b"abc"[..], 4, &[]), Err(writer::WriteError::Input(_))));
+    assert!(matches!(writer.add_file(&mut &b"abc"[..], 4, &[]), Err(WriteError::Input(_))));
 }
 
 #[test]

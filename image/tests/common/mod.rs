@@ -1,5 +1,5 @@
 //! Images made for tests.
-#![allow(dead_code, missing_docs, reason = "each test binary uses a part")]
+#![allow(dead_code, missing_docs, clippy::new_without_default, reason = "each test binary uses a part")]
 
 use std::io::Write as _;
 use std::path::Path;
