@@ -248,10 +248,10 @@ impl Config {
         for disk in &self.disks {
             disk.check()?;
         }
-        if let Some(vsock) = &self.vsock {
-            if vsock.cid < 3 || vsock.cid == u32::MAX {
-                return complain(format!("vsock.cid is {}, but 0, 1, 2 and 2^32-1 are reserved", vsock.cid));
-            }
+        if let Some(vsock) = &self.vsock
+            && (vsock.cid < 3 || vsock.cid == u32::MAX)
+        {
+            return complain(format!("vsock.cid is {}, but 0, 1, 2 and 2^32-1 are reserved", vsock.cid));
         }
         Ok(())
     }

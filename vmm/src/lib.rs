@@ -27,6 +27,7 @@ pub mod devices;
 pub mod error;
 pub mod event_loop;
 pub mod exit;
+pub mod listen;
 pub mod machine;
 pub mod memory;
 pub mod report;

@@ -1,6 +1,7 @@
 //! The recipe: how a microVM is made, runs and ends. Read [`Machine::build`] top to bottom.
 
 use std::os::fd::FromRawFd;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
@@ -109,12 +110,12 @@ impl Machine {
         }
         let control = config.control.as_deref().map(Server::bind).transpose()?;
 
-        let vcpus = Arc::new(Vcpus::start(vcpus)?);
+        let vcpus = Rc::new(Vcpus::start(vcpus)?);
         if let Some(control) = control {
             let machine = Running {
                 config,
                 devices: Arc::clone(&devices),
-                vcpus: Arc::clone(&vcpus),
+                vcpus: Rc::clone(&vcpus),
                 exit: exit.clone(),
                 timeline: Arc::clone(&timeline),
             };
@@ -152,7 +153,7 @@ pub struct Running {
     /// For metrics and console.
     pub devices: Arc<Devices>,
     /// For their state, pause and resume.
-    pub vcpus: Arc<Vcpus>,
+    pub vcpus: Rc<Vcpus>,
     /// For quit.
     pub exit: ExitRequest,
     /// For uptime.

@@ -169,10 +169,10 @@ fn with_arguments(arguments: &Arguments, timeline: &Arc<Timeline>) -> u8 {
     if let (Some(socket), Some(method)) = (&arguments.ctl, arguments.method) {
         return ctl(socket, method.into());
     }
-    if arguments.die_with_parent {
-        if let Err(error) = signals::die_with_parent() {
-            return fail(&error, STATUS_OS);
-        }
+    if arguments.die_with_parent
+        && let Err(error) = signals::die_with_parent()
+    {
+        return fail(&error, STATUS_OS);
     }
     let config = config_of(arguments);
     match config {
@@ -271,11 +271,11 @@ fn run(config: vmm::Result<Config>, timeline: &Arc<Timeline>) -> u8 {
         eprint!("bulkhead-vmm: {complaint}");
     }
     let mut status = outcome.exit_status();
-    if let Some(path) = path {
-        if let Err(error) = report.write(&path) {
-            eprintln!("bulkhead-vmm: cannot write the report {path:?}: {error}");
-            status = if status == 0 { STATUS_OS } else { status };
-        }
+    if let Some(path) = path
+        && let Err(error) = report.write(&path)
+    {
+        eprintln!("bulkhead-vmm: cannot write the report {path:?}: {error}");
+        status = if status == 0 { STATUS_OS } else { status };
     }
     if let Outcome::Signal(signal) = outcome {
         // As if it had not been handled: whoever waits for this process sees the signal.

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use serde_json::{Value, json};
@@ -13,6 +13,7 @@ use super::{Answer, Method, Request, Status};
 use crate::error::{Error, Result};
 use crate::event_loop::watch;
 use crate::exit::Outcome;
+use crate::listen::Listener;
 use crate::machine::Running;
 use crate::timeline::now_ns;
 
@@ -26,8 +27,7 @@ const STATUS_TAIL: usize = 4096;
 /// A control socket on which nobody answers yet.
 #[derive(Debug)]
 pub struct Server {
-    path: PathBuf,
-    listener: UnixListener,
+    listener: Listener,
 }
 
 impl Server {
@@ -36,25 +36,14 @@ impl Server {
     /// # Errors
     /// When that is impossible: the path exists, or its directory does not.
     pub fn bind(path: &Path) -> Result<Self> {
-        let bind = || {
-            let listener = UnixListener::bind(path)?;
-            listener.set_nonblocking(true)?;
-            Ok(listener)
-        };
-        let listener = bind().map_err(|source| Error::Listen { path: path.to_owned(), source })?;
-        Ok(Self { path: path.to_owned(), listener })
+        let listener =
+            Listener::bind(path).map_err(|source| Error::Listen { path: path.to_owned(), source })?;
+        Ok(Self { listener })
     }
 
     /// Answers for `machine`.
     pub fn serve(self, machine: Running) -> Service {
         Service { server: self, machine, clients: BTreeMap::new() }
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        // It is ours: binding would have failed otherwise.
-        let _ = std::fs::remove_file(&self.path);
     }
 }
 
@@ -94,7 +83,7 @@ impl MutEventSubscriber for Service {
 
 impl Service {
     fn accept(&mut self, ops: &mut EventOps) {
-        while let Ok((stream, _)) = self.server.listener.accept() {
+        while let Ok(stream) = self.server.listener.accept() {
             if self.clients.len() < MAX_CLIENTS && stream.set_nonblocking(true).is_ok() {
                 watch(ops, Events::new(&stream, EventSet::IN));
                 self.clients.insert(stream.as_raw_fd(), Client { stream, partial: Vec::new() });

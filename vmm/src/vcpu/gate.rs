@@ -53,15 +53,15 @@ impl Gate {
         let mut parked = false;
         loop {
             let (round, paused) = (wishes.round, wishes.paused);
-            if let Some(slot) = wishes.samples.get_mut(index) {
-                if slot.0 != round {
-                    let mut now = sample();
-                    if paused {
-                        now.state = "paused".to_owned();
-                    }
-                    *slot = (round, Some(now));
-                    self.changed.notify_all();
+            if let Some(slot) = wishes.samples.get_mut(index)
+                && slot.0 != round
+            {
+                let mut now = sample();
+                if paused {
+                    now.state = "paused".to_owned();
                 }
+                *slot = (round, Some(now));
+                self.changed.notify_all();
             }
             if paused != parked {
                 parked = paused;

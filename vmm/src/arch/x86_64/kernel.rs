@@ -116,9 +116,9 @@ fn parse_elf(file: &File) -> Result<Format, String> {
     const CUT: &str = "it is an ELF file, but cut short";
     let mut header = elf::Elf64_Ehdr::default();
     file.read_exact_at(header.as_mut_slice(), 0).map_err(|_| CUT)?;
-    if header.e_ident[elf::EI_CLASS as usize] != elf::ELFCLASS64 as u8
-        || header.e_ident[elf::EI_DATA as usize] != elf::ELFDATA2LSB as u8
-        || header.e_machine != elf::EM_X86_64 as u16
+    if header.e_ident[elf::EI_CLASS] != elf::ELFCLASS64
+        || header.e_ident[elf::EI_DATA] != elf::ELFDATA2LSB
+        || header.e_machine != elf::EM_X86_64
     {
         return Err("it is an ELF file, but not for 64-bit x86".to_owned());
     }

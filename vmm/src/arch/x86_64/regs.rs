@@ -113,11 +113,11 @@ fn segment(index: u16) -> kvm_segment {
 /// switch XCR0 on every entry and exit until then, and it is right from the start where a nested hypervisor fails to tell
 /// KVM of the guest's own switch (QEMU's SVM emulation). Best effort: the guest does not depend on it.
 pub fn set_xcr0(vcpu: &VcpuFd, supported: u64) {
-    if let Ok(mut xcrs) = vcpu.get_xcrs() {
-        if let Some(xcr0) = xcrs.xcrs.first_mut().filter(|xcr0| xcr0.xcr == 0) {
-            xcr0.value |= supported & XCR0_STATIC;
-            let _ = vcpu.set_xcrs(&xcrs);
-        }
+    if let Ok(mut xcrs) = vcpu.get_xcrs()
+        && let Some(xcr0) = xcrs.xcrs.first_mut().filter(|xcr0| xcr0.xcr == 0)
+    {
+        xcr0.value |= supported & XCR0_STATIC;
+        let _ = vcpu.set_xcrs(&xcrs);
     }
 }
 

@@ -133,11 +133,11 @@ impl MmioTransport {
             return;
         }
         let result = state.device.queue_event(index);
-        if self.conclude(&mut state, result) == Progress::More {
-            if let Some(kick) = self.kicks.get(index) {
-                // Never read, but also never written often enough to be full.
-                let _ = kick.write(1);
-            }
+        if self.conclude(&mut state, result) == Progress::More
+            && let Some(kick) = self.kicks.get(index)
+        {
+            // Never read, but also never written often enough to be full.
+            let _ = kick.write(1);
         }
     }
 

@@ -77,6 +77,11 @@ impl VirtioDevice for Console {
         self.handler.receive()
     }
 
+    fn finish(&mut self) {
+        // Gives the terminal its settings back.
+        self.handler.input = None;
+    }
+
     fn metrics(&self) -> serde_json::Value {
         self.handler.metrics.to_json()
     }

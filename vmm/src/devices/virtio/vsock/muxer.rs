@@ -4,8 +4,8 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,6 +16,7 @@ use super::connection::{Connection, Credit, Fate, Outgoing, op};
 use super::metrics::Metrics;
 use super::stream::close_cleanly;
 use crate::devices::virtio::Progress;
+use crate::listen::Listener;
 
 /// The host's context id.
 const HOST_CID: u64 = 2;
@@ -55,8 +56,7 @@ enum Entry {
 /// See the module.
 pub struct Muxer {
     cid: u64,
-    socket: PathBuf,
-    listener: UnixListener,
+    listener: Listener,
     epoll: Epoll,
     entries: BTreeMap<u64, Entry>,
     /// Streams that the guest knows.
@@ -73,14 +73,12 @@ pub struct Muxer {
 impl Muxer {
     /// Listens on `socket` for streams to the guest.
     pub fn new(cid: u64, socket: &Path, metrics: Arc<Metrics>) -> io::Result<Self> {
-        let listener = UnixListener::bind(socket)?;
-        listener.set_nonblocking(true)?;
+        let listener = Listener::bind(socket)?;
         let epoll = Epoll::new()?;
         let event = EpollEvent::new(EventSet::IN, LISTENER);
         epoll.ctl(ControlOperation::Add, listener.as_raw_fd(), event)?;
         Ok(Self {
             cid,
-            socket: socket.to_owned(),
             listener,
             epoll,
             entries: BTreeMap::new(),
@@ -205,7 +203,7 @@ impl Muxer {
     }
 
     fn accept(&mut self, active: bool) {
-        while let Ok((stream, _)) = self.listener.accept() {
+        while let Ok(stream) = self.listener.accept() {
             if !active || self.entries.len() >= MAX_STREAMS || stream.set_nonblocking(true).is_err() {
                 Metrics::add(&self.metrics.refused, 1);
                 continue;
@@ -275,7 +273,7 @@ impl Muxer {
 
     /// The guest wants a stream to a host program.
     fn connect(&mut self, ports: Ports, credit: Credit) {
-        let mut path = self.socket.clone().into_os_string();
+        let mut path = self.listener.path().as_os_str().to_owned();
         path.push(format!("_{}", ports.host));
         let stream = if self.entries.len() < MAX_STREAMS { connect_now(Path::new(&path)).ok() } else { None };
         let entry = stream.and_then(|stream| {
@@ -325,6 +323,7 @@ impl Muxer {
 
     /// Gives the host what the guest has sent, waiting for a while where a reader is slow, and ends all streams.
     pub fn finish(&mut self) {
+        self.listener.unlink();
         let start = Instant::now();
         let mut last = start;
         while start.elapsed() < FINISH_TOTAL && last.elapsed() < FINISH_STALL {
@@ -351,13 +350,6 @@ impl Muxer {
             unsafe { libc::poll(waiting.as_mut_ptr(), waiting.len() as libc::nfds_t, timeout) };
         }
         self.reset();
-    }
-}
-
-impl Drop for Muxer {
-    fn drop(&mut self) {
-        // It is ours: binding would have failed otherwise.
-        let _ = std::fs::remove_file(&self.socket);
     }
 }
 
