@@ -25,7 +25,36 @@ const MOUNTS: [(&str, &str, MountFlags); 3] = [
 ///
 /// # Errors
 /// Whatever is missing; the machine is of no use then.
+#[cfg_attr(feature = "unix-sockets", allow(dead_code))]
 pub fn start() -> Result<Agent> {
+    prepare()?;
+    let rpc = vsock_listen(AGENT_PORT)?;
+    let streams = vsock_listen(STREAM_PORT)?;
+    let agent = Agent::new(rpc, streams)?;
+    announce()?;
+    hw::mark(mark::AGENT_READY);
+    Ok(agent)
+}
+
+/// The same without a monitor, for `tests/in_guest.rs`.
+///
+/// # Errors
+/// The same.
+#[cfg(feature = "unix-sockets")]
+pub fn start_on_unix_sockets() -> Result<Agent> {
+    let directory = std::env::args().nth(1).unwrap_or_else(|| "/run/agent".to_owned());
+    let listen = |name: &str| -> Result<OwnedFd> {
+        let listener = std::os::unix::net::UnixListener::bind(format!("{directory}/{name}"))?;
+        listener.set_nonblocking(true)?;
+        Ok(listener.into())
+    };
+    let (rpc, streams) = (listen("agent")?, listen("streams")?);
+    prepare()?;
+    Agent::new(rpc, streams)
+}
+
+/// Mounts, and what protects the agent.
+fn prepare() -> Result<()> {
     let _ = rustix::process::umask(rustix::fs::Mode::empty());
     leave_initial_root()?;
     for (fstype, target, flags) in MOUNTS {
@@ -34,13 +63,20 @@ pub fn start() -> Result<Agent> {
             .context(|| format!("mount {fstype} on {target} (is it in the guest kernel?)"))?;
     }
     // The children set their own; nothing that a container does may choose the agent as the out-of-memory victim.
-    fs::write("/proc/self/oom_score_adj", "-1000").context(|| "protect the agent from the OOM killer")?;
-    let rpc = vsock_listen(AGENT_PORT)?;
-    let streams = vsock_listen(STREAM_PORT)?;
-    let agent = Agent::new(rpc, streams)?;
-    announce()?;
-    hw::mark(mark::AGENT_READY);
-    Ok(agent)
+    fs::write("/proc/self/oom_score_adj", "-1000").context(|| "protect the agent from the OOM killer")
+}
+
+/// A user namespace may mount only what its parent sees in full: sysfs must be somewhere then, once.
+///
+/// # Errors
+/// What the kernel says.
+pub fn mount_sysfs() -> Result<()> {
+    const TARGET: &str = "/run/sysfs";
+    if fs::exists(TARGET)? {
+        return Ok(());
+    }
+    fs::create_dir(TARGET).context(|| format!("create {TARGET}"))?;
+    rustix::mount::mount("sysfs", TARGET, "sysfs", MountFlags::empty(), None).context(|| "mount sysfs")
 }
 
 /// Makes `/` a mount that pivot_root accepts: the kernel's initial root is one that can never be left, and every

@@ -23,7 +23,11 @@ fn main() {
     hw::acquire();
     hw::mark(mark::AGENT_STARTED);
     boot::end_machine_on_panic();
-    let error = match boot::start().and_then(|mut agent| agent.run()) {
+    #[cfg(feature = "unix-sockets")]
+    let started = boot::start_on_unix_sockets();
+    #[cfg(not(feature = "unix-sockets"))]
+    let started = boot::start();
+    let error = match started.and_then(|mut agent| agent.run()) {
         Err(error) => error,
         Ok(never) => match never {},
     };

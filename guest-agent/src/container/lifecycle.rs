@@ -100,6 +100,9 @@ impl Agent {
         let process = spec.process.as_ref().ok_or_else(|| Error::invalid("the spec has no process"))?;
         let asked = request.stdio.unwrap_or_default();
         let fork = || namespaces.fork(cgroup.fd());
+        if namespaces.has_user() {
+            crate::boot::mount_sysfs()?;
+        }
         let child = start_child(process, &asked, seccomp, None, fork, |common| {
             let init = Init { spec, namespaces, rootfs: &rootfs.path, cgroup: cgroup.path() };
             child::init(common, &init)
