@@ -124,9 +124,15 @@ fn unpack(path: &Path, stream: impl Read) -> Result<()> {
     archive.set_preserve_permissions(true);
     archive.set_preserve_ownerships(true);
     archive.set_overwrite(true);
-    archive.unpack(path).context(|| "unpack")?;
+    archive.unpack(path).map_err(|error| Error::internal(whole_story(&error)))?;
     // The host may pad the end: it must not find the connection closed while it does.
     std::io::copy(&mut stream, &mut std::io::sink()).context(|| "read to the end")?;
     let directory = File::open(path).context(|| "open the directory")?;
     rustix::fs::syncfs(&directory).context(|| "write everything to disk")
+}
+
+/// tar's errors say what was being done; why it failed is in their sources.
+fn whole_story(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    causes.fold(error.to_string(), |story, cause| format!("{story}: {cause}"))
 }

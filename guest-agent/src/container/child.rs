@@ -108,10 +108,9 @@ pub fn init(common: &Common<'_>, init: &Init<'_>) -> Result<Infallible> {
     let group = (!namespaces.has_cgroup()).then_some(cgroup);
     let prepared = mounts::prepare(&spec.mounts, group)?;
     let nodes = Nodes::prepare(&spec.linux.devices, namespaces.has_user())?;
-    mounts::enter_root(rootfs, namespaces.has_user())?;
-    for mount in &prepared {
-        mount.make()?;
-    }
+    let old_root = mounts::enter_root(rootfs, namespaces.has_user())?;
+    prepared.iter().try_for_each(mounts::Prepared::make)?;
+    old_root.leave()?;
     nodes.make(&spec.linux.devices)?;
     let terminal =
         common.process.terminal.then(|| Terminal::open(common.process.console_size)).transpose()?;

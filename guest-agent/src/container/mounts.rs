@@ -244,12 +244,17 @@ fn open_directory(path: &Path) -> Result<OwnedFd> {
     rustix::fs::open(path, flags, Mode::empty()).context(|| format!("open {}", path.display()))
 }
 
-/// Makes `root` the root of this process and its mount namespace, and drops the old one.
+/// The root that was left: out of every path's reach, but still there.
+#[derive(Debug)]
+pub struct OldRoot(OwnedFd);
+
+/// Makes `root` the root of this process and its mount namespace.
 ///
 /// # Errors
 /// `root` is not a mount.
-pub fn enter_root(root: &Path, locked: bool) -> Result<()> {
+pub fn enter_root(root: &Path, locked: bool) -> Result<OldRoot> {
     let what = || format!("enter the container's root {}", root.display());
+    let old = open_directory(Path::new("/"))?;
     if locked {
         // Mounts that came along into a lesser user namespace are locked in their place; a fresh bind is not.
         rustix::mount::mount_bind_recursive(root, root).context(what)?;
@@ -257,8 +262,21 @@ pub fn enter_root(root: &Path, locked: bool) -> Result<()> {
     rustix::process::chdir(root).context(what)?;
     // The old root ends up stacked on the new one, with no directory needed for it.
     rustix::process::pivot_root(".", ".").context(what)?;
-    rustix::mount::unmount(".", UnmountFlags::DETACH).context(what)?;
-    rustix::process::chdir("/").context(what)
+    rustix::process::chdir("/").context(what)?;
+    Ok(OldRoot(old))
+}
+
+impl OldRoot {
+    /// Drops it. Until then a user namespace may mount proc and sysfs: only what its namespace shows already.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn leave(self) -> Result<()> {
+        let what = || "leave the guest's root";
+        rustix::process::fchdir(&self.0).context(what)?;
+        rustix::mount::unmount(".", UnmountFlags::DETACH).context(what)?;
+        rustix::process::chdir("/").context(what)
+    }
 }
 
 /// Hides `path`: a file behind /dev/null, a directory behind an empty read-only one.

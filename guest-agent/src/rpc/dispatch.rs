@@ -144,7 +144,10 @@ impl Agent {
         let resources: Resources = serde_json::from_str(&request.resources)
             .map_err(|error| Error::invalid(format!("linux.resources: {error}")))?;
         let container = self.container(&request.container)?;
-        container.cgroup.update(&resources).context(|| format!("update container {}", container.id))?;
+        container
+            .cgroup
+            .update(&resources, &self.machine)
+            .context(|| format!("update container {}", container.id))?;
         Ok(Empty {})
     }
 }

@@ -19,19 +19,22 @@ pub struct Setting {
 pub struct Machine {
     /// Bytes of memory.
     pub memory: u64,
+    /// Bytes of it that nothing used when the agent started: not the kernel's, not the agent's.
+    pub free: u64,
 }
 
 impl Machine {
     /// Asks the kernel.
     pub fn this() -> Self {
         let info = rustix::system::sysinfo();
-        Self { memory: info.totalram.saturating_mul(u64::from(info.mem_unit)) }
+        let bytes = |units: u64| units.saturating_mul(u64::from(info.mem_unit));
+        Self { memory: bytes(info.totalram), free: bytes(info.freeram) }
     }
 
     /// All but what the kernel and the agent need to stay alive.
     fn memory_for_containers(self) -> u64 {
-        const LEAST: u64 = 16 << 20;
-        self.memory.saturating_sub(LEAST.max(self.memory / 32))
+        const LEAST: u64 = 8 << 20;
+        self.free.saturating_sub(LEAST.max(self.memory / 32))
     }
 
     /// Below the kernel's own limit of threads, which is one for every 128 KiB of memory.
@@ -40,19 +43,19 @@ impl Machine {
     }
 }
 
-/// Translates. With a machine the defaults that protect the agent are there too: at creation.
+/// Translates. The limits that protect the agent are set at creation, and no later limit is above them.
 ///
 /// # Errors
 /// `INVALID_ARGUMENT` for what cgroup v2 does not have.
-pub fn settings(resources: &Resources, machine: Option<&Machine>) -> Result<Vec<Setting>> {
+pub fn settings(resources: &Resources, machine: &Machine, creation: bool) -> Result<Vec<Setting>> {
     let mut settings = Vec::new();
-    memory(&resources.memory, machine, &mut settings)?;
+    memory(&resources.memory, machine, creation, &mut settings)?;
     cpu(&resources.cpu, &mut settings)?;
-    let pids = match (resources.pids.limit, machine) {
-        (Some(limit @ 1..), _) => Some(limit.to_string()),
-        (_, Some(machine)) => Some(machine.pids_for_containers().to_string()),
-        (Some(i64::MIN..=-1), None) => Some(Machine::this().pids_for_containers().to_string()),
-        _ => None,
+    let most = machine.pids_for_containers();
+    let pids = match resources.pids.limit {
+        Some(limit @ 1..) => Some(limit.unsigned_abs().min(most)),
+        Some(i64::MIN..=-1) => Some(most),
+        None | Some(0) => creation.then_some(most),
     };
     settings.extend(pids.map(|limit| set("pids.max", limit)));
     block_io(&resources.block_io, &mut settings)?;
@@ -67,17 +70,15 @@ pub fn settings(resources: &Resources, machine: Option<&Machine>) -> Result<Vec<
     Ok(settings)
 }
 
-fn memory(memory: &Memory, machine: Option<&Machine>, settings: &mut Vec<Setting>) -> Result<()> {
+fn memory(memory: &Memory, machine: &Machine, creation: bool, settings: &mut Vec<Setting>) -> Result<()> {
     if memory.disable_oom_killer {
         return Err(Error::invalid("not supported by cgroup v2: memory.disableOOMKiller"));
     }
-    let most = machine.map(|machine| machine.memory_for_containers());
+    let most = machine.memory_for_containers();
     let asked = memory.limit.filter(|&limit| limit != 0);
-    let limit = match (asked.map(u64::try_from), most) {
-        (Some(Ok(asked)), Some(most)) => Some(asked.min(most)),
-        (Some(Ok(asked)), None) => Some(asked),
-        (Some(Err(_)), None) => Some(Machine::this().memory_for_containers()),
-        (_, most) => most,
+    let limit = match asked {
+        Some(asked) => Some(u64::try_from(asked).map_or(most, |asked| asked.min(most))),
+        None => creation.then_some(most),
     };
     settings.extend(limit.map(|limit| set("memory.max", limit)));
     // The specification's swap is memory and swap together. Without swap in the kernel the file is absent.
@@ -164,10 +165,12 @@ fn plain_name(name: &str) -> Result<()> {
 mod tests {
     use super::*;
 
-    fn of(json: &str, machine: Option<&Machine>) -> Result<Vec<String>> {
+    const MACHINE: Machine = Machine { memory: 512 << 20, free: 496 << 20 };
+
+    fn of(json: &str, creation: bool) -> Result<Vec<String>> {
         let resources: Resources = serde_json::from_str(json).unwrap();
-        settings(&resources, machine)
-            .map(|all| all.iter().map(|s| format!("{}={}", s.file, s.value)).collect())
+        let all = settings(&resources, &MACHINE, creation)?;
+        Ok(all.iter().map(|s| format!("{}={}", s.file, s.value)).collect())
     }
 
     #[test]
@@ -189,19 +192,21 @@ mod tests {
             "hugetlb.2MB.max=9",
             "memory.high=5",
         ];
-        assert_eq!(of(json, None).unwrap(), expected);
+        assert_eq!(of(json, false).unwrap(), expected);
     }
 
     #[test]
     fn a_container_never_gets_all_of_the_machine() {
-        let machine = Machine { memory: 512 << 20 };
-        let safe = ["memory.max=520093696", "pids.max=3584"];
-        for json in
-            ["{}", r#"{"memory":{"limit":-1},"pids":{"limit":-1}}"#, r#"{"memory":{"limit":1099511627776}}"#]
-        {
-            assert_eq!(of(json, Some(&machine)).unwrap(), safe, "{json}");
+        let safe = ["memory.max=503316480", "pids.max=3584"];
+        for json in [
+            r#"{"memory":{"limit":-1},"pids":{"limit":-1}}"#,
+            r#"{"memory":{"limit":1099511627776},"pids":{"limit":9999999}}"#,
+        ] {
+            assert_eq!(of(json, true).unwrap(), safe, "{json}");
+            assert_eq!(of(json, false).unwrap(), safe, "{json}");
         }
-        assert_eq!(of("{}", None).unwrap(), [""; 0]);
+        assert_eq!(of("{}", true).unwrap(), safe);
+        assert_eq!(of("{}", false).unwrap(), [""; 0]);
     }
 
     #[test]
@@ -215,7 +220,7 @@ mod tests {
             r#"{"unified":{"cgroup.procs":"1"}}"#,
             r#"{"hugepageLimits":[{"pageSize":"../2MB","limit":9}]}"#,
         ] {
-            assert!(of(json, None).is_err(), "{json}");
+            assert!(of(json, false).is_err(), "{json}");
         }
     }
 }

@@ -39,7 +39,7 @@ impl Cgroup {
         let open = || rustix::fs::open(&path, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
         let made = open().context(|| format!("open cgroup {}", path.display())).and_then(|directory| {
             let cgroup = Self { path: path.clone(), directory };
-            cgroup.apply(&limits::settings(resources, Some(machine))?)?;
+            cgroup.apply(&limits::settings(resources, machine, true)?)?;
             if let Some(rules) = &resources.devices {
                 devices::restrict(cgroup.directory.as_fd(), rules)?;
             }
@@ -65,11 +65,11 @@ impl Cgroup {
     ///
     /// # Errors
     /// A limit that the kernel refuses.
-    pub fn update(&self, resources: &Resources) -> Result<()> {
+    pub fn update(&self, resources: &Resources, machine: &Machine) -> Result<()> {
         if resources.devices.is_some() {
             return Err(Error::invalid("not supported: changing resources.devices of a running container"));
         }
-        self.apply(&limits::settings(resources, None)?)
+        self.apply(&limits::settings(resources, machine, false)?)
     }
 
     fn apply(&self, settings: &[limits::Setting]) -> Result<()> {
