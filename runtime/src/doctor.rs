@@ -75,12 +75,7 @@ pub fn examine(layout: &Layout) -> Vec<Check> {
 /// The check of KVM alone, which `run` makes before it promises anything.
 #[must_use]
 pub fn kvm() -> Check {
-    let verdict = vmm::selftest::run();
-    if verdict.is_usable() {
-        Check::ok("kvm", verdict.found())
-    } else {
-        Check::bad("kvm", Verdict::Failed, verdict.found(), verdict.advice())
-    }
+    device("kvm", "/dev/kvm", "x")
 }
 
 /// As [`kvm`], but remembers until the next boot of the host that it went well.

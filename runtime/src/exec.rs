@@ -9,6 +9,7 @@ use bulkhead_protocol::agent::{
 use rustix::event::{PollFd, PollFlags, poll};
 
 use bulkhead_image::Image;
+use bulkhead_protocol::client::CallError;
 
 use crate::guest::{Agent, Guest};
 use crate::relay::{Ends, Relay, Streams};

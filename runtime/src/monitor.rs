@@ -154,7 +154,7 @@ impl Monitor {
     /// What is known of a guest whose agent does not call.
     fn silence(&self) -> String {
         let status = vmm::control::Client::connect(&self.files.control())
-            .and_then(|mut client| client.call("status"))
+            .and_then(|mut client| client.status())
             .map_or_else(
                 |error| format!("the monitor does not answer either: {error}"),
                 |status| describe(&status),
@@ -200,11 +200,10 @@ impl Drop for Monitor {
     }
 }
 
-/// The vCPUs' states and the end of the console, from the monitor's `status`.
-fn describe(status: &Value) -> String {
-    let vcpus = status.get("vcpus").map(Value::to_string).unwrap_or_default();
-    let console = status.get("console_tail").and_then(Value::as_str).unwrap_or_default();
-    format!("its vCPUs: {vcpus}; it last printed:\n{}", printable(console))
+/// The vCPUs' states and the end of the console.
+fn describe(status: &vmm::control::Status) -> String {
+    let vcpus = serde_json::to_string(&status.vcpus).unwrap_or_default();
+    format!("its vCPUs: {vcpus}; it last printed:\n{}", printable(&status.console_tail))
 }
 
 /// Guest output without what would act on the reader's terminal.

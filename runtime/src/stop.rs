@@ -62,7 +62,9 @@ pub fn stop(layout: &Layout, record: &Record, patience: Option<Duration>) -> Res
 
 /// Ends the microVM under a container whose agent does not answer.
 fn end_machine(files: &Files) -> Result<()> {
-    match vmm::control::Client::connect(&files.control()).and_then(|mut client| client.call("quit")) {
+    match vmm::control::Client::connect(&files.control())
+        .and_then(|mut client| client.call(vmm::control::Method::Quit))
+    {
         Ok(_) => Ok(()),
         Err(_) if ended_within(files, Duration::from_secs(1))? => Ok(()),
         Err(error) => {

@@ -41,7 +41,7 @@ pub(crate) fn write(report: Option<&Value>) {
     let ours = marks.iter().map(|&(name, ns)| ("bulkhead", name.to_owned(), ns));
     let monitor = report.and_then(|report| report.get("timeline")).and_then(Value::as_array);
     let theirs = monitor.into_iter().flatten().filter_map(|mark| {
-        Some(("monitor", mark.get("name")?.as_str()?.to_owned(), mark.get("ns")?.as_u64()?))
+        Some(("monitor", mark.get("event")?.as_str()?.to_owned(), mark.get("ns")?.as_u64()?))
     });
     let mut all: Vec<_> = ours.chain(theirs).collect();
     all.sort_by_key(|&(_, _, ns)| ns);

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use virtio_vsock::packet::VsockPacket;
 
 use super::connection::MAX_PAYLOAD;
+use super::gather::Gather;
 use super::metrics::Metrics;
 use super::muxer::Muxer;
 use crate::devices::virtio::queue::DeviceQueue;
@@ -16,6 +17,7 @@ pub struct Handler {
     /// Memory, receive queue (to the guest), transmit queue (from it) while the driver is ready.
     pub(super) queues: Option<(Arc<GuestMemory>, DeviceQueue, DeviceQueue)>,
     pub(super) muxer: Muxer,
+    pub(super) gather: Gather,
     pub(super) metrics: Arc<Metrics>,
 }
 
@@ -37,7 +39,7 @@ impl Handler {
                 break;
             };
             let head = chain.head_index();
-            let packet = VsockPacket::from_tx_virtq_chain(memory.as_ref(), &mut chain, MAX_PAYLOAD)?;
+            let packet = self.gather.packet(memory.as_ref(), &mut chain)?;
             Metrics::add(&self.metrics.tx_packets, 1);
             Metrics::add(&self.metrics.tx_bytes, u64::from(packet.len()));
             self.muxer.on_packet(&packet);

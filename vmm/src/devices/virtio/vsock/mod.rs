@@ -11,6 +11,7 @@
 
 pub mod connection;
 mod device;
+mod gather;
 mod handler;
 mod metrics;
 mod muxer;
