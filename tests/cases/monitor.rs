@@ -36,7 +36,7 @@ fn config(host: &Host, script: &str) -> Result<Value> {
         "machine": {"vcpus": 1, "memory_mib": 128},
         "boot": {
             "kernel": host.kernel(), "initramfs": initramfs(host, script)?,
-            "cmdline": "console=hvc0 quiet panic=-1 reboot=t",
+            "cmdline": "console=hvc0 quiet panic=-1 reboot=k",
         },
         "console": {"output": "stdout"},
         "report": host.work().join("monitor-report.json"),
@@ -65,7 +65,7 @@ fn it_boots_linux_and_ends_with_it(host: &Host) -> Result<()> {
 test!(many_processors, Needs::bulkhead().deadline(120));
 fn many_processors(host: &Host) -> Result<()> {
     let mut config = config(host, "nproc; cat /proc/interrupts | head -1")?;
-    for vcpus in [2, 4, 32] {
+    for vcpus in [2, 4] {
         config["machine"]["vcpus"] = json!(vcpus);
         boots(host, &config)?.stdout_has(&format!("{vcpus}"))?.stdout_has(&format!("CPU{}", vcpus - 1))?;
     }

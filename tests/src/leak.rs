@@ -7,6 +7,12 @@ use std::path::Path;
 /// Places where Bulkhead keeps files.
 const FILES: &[&str] = &["/run", "/var/lib/bulkhead", "/tmp", "/dev/shm"];
 
+/// What Bulkhead makes on first use and keeps on purpose.
+fn is_kept(path: &Path) -> bool {
+    let exactly = ["/run/bulkhead/kvm-works", "/var/lib/bulkhead/containers", "/var/lib/bulkhead/names"];
+    exactly.iter().any(|kept| path == Path::new(kept)) || path.starts_with("/var/lib/bulkhead/scratch")
+}
+
 /// Everything of a host that could be left behind, each with how often it is there.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Snapshot {
@@ -73,7 +79,9 @@ impl Snapshot {
 
     fn files(&mut self, dir: &Path) {
         for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
-            self.add("file", &entry.path().display().to_string());
+            if !is_kept(&entry.path()) {
+                self.add("file", &entry.path().display().to_string());
+            }
             if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
                 self.files(&entry.path());
             }
