@@ -144,7 +144,7 @@ fn directory() -> impl Strategy<Value = BTreeMap<Vec<u8>, (Metadata, Spec)>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
+    #![proptest_config(ProptestConfig::with_cases(24))]
 
     #[test]
     fn what_is_written_is_read_back(directory in directory()) {
@@ -214,7 +214,7 @@ fn fsck_agrees() {
     let strategy = directory();
     let scratch = tempfile::tempdir().unwrap();
     let path = scratch.path().join("image.erofs");
-    for _ in 0..24 {
+    for _ in 0..12 {
         let directory = strategy.new_tree(&mut runner).unwrap().current();
         std::fs::write(&path, build(&directory)).unwrap();
         let output = Command::new("fsck.erofs").arg(&path).output().unwrap();
