@@ -46,9 +46,6 @@ pub enum GuestError {
     /// A descriptor points outside of the guest's memory.
     #[error("a descriptor points outside of memory: {0}")]
     Memory(#[from] vm_memory::GuestMemoryError),
-    /// A vsock packet makes no sense.
-    #[error("vsock packet: {0}")]
-    Vsock(#[from] virtio_vsock::packet::Error),
 }
 
 /// Whether a device has more to do.

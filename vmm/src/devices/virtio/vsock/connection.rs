@@ -9,6 +9,7 @@ use std::num::Wrapping;
 use vm_memory::VolatileSlice;
 
 use super::stream::HostStream;
+use crate::devices::virtio::queue;
 
 /// Bytes kept for a host that does not read: the credit given to the guest.
 pub const BUFFER: u32 = 256 * 1024;
@@ -108,8 +109,7 @@ pub struct Connection<S> {
     hung_up: bool,
     /// The guest's data that the host has not taken.
     buffer: VecDeque<u8>,
-    /// Bytes from the guest: received, taken by the host, and taken as far as the guest was told.
-    received: Wrapping<u32>,
+    /// Bytes from the guest that the host has taken, and how many the guest was told of.
     forwarded: Wrapping<u32>,
     told: Wrapping<u32>,
     /// Bytes to the guest, and its credit.
@@ -148,7 +148,6 @@ impl<S: HostStream> Connection<S> {
             readable: true,
             hung_up: false,
             buffer: VecDeque::new(),
-            received: Wrapping(0),
             forwarded: Wrapping(0),
             told: Wrapping(0),
             sent: Wrapping(0),
@@ -180,38 +179,43 @@ impl<S: HostStream> Connection<S> {
     }
 
     /// The guest sends data.
-    pub fn on_data(&mut self, data: &VolatileSlice<'_>) {
+    pub fn on_data(&mut self, data: &[VolatileSlice<'_>]) {
+        let length = queue::total(data);
         let established = self.state == State::Established;
         let promised = self.guest_shutdown & SHUTDOWN_SEND == 0;
         // A correct guest never has more than our buffer in flight.
         let room = (BUFFER as usize).saturating_sub(self.buffer.len());
-        if !established || !promised || data.len() > room {
+        if !established || !promised || length > room {
             return self.reset();
         }
-        self.received += data.len() as u32;
-        let mut rest = *data;
-        while self.buffer.is_empty() && !rest.is_empty() {
-            match self.stream.write(&rest) {
-                Ok(written) => {
-                    self.forwarded += written as u32;
-                    match rest.offset(written) {
-                        Ok(later) => rest = later,
-                        Err(_) => return,
-                    }
-                }
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
-                Err(_) => return self.host_reads_no_more(rest.len()),
+        if self.our_shutdown & SHUTDOWN_RECEIVE != 0 {
+            // The host takes nothing any more; the guest has not noticed yet.
+            self.forwarded += length as u32;
+            return self.after_forwarding();
+        }
+        // What the host takes at once is never copied.
+        let taken = if self.buffer.is_empty() && length > 0 { self.write_host(data) } else { Some(0) };
+        let Some(taken) = taken else { return self.host_reads_no_more(length) };
+        self.forwarded += taken as u32;
+        if let Some((_, rest)) = queue::split(data, taken).filter(|(_, rest)| !rest.is_empty()) {
+            let mut copy = vec![0; queue::total(&rest)];
+            if queue::read_exact(&rest, &mut copy).is_some() {
+                self.buffer.extend(copy);
             }
         }
-        if self.our_shutdown & SHUTDOWN_RECEIVE != 0 {
-            self.forwarded += rest.len() as u32;
-        } else if !rest.is_empty() {
-            let mut copy = vec![0; rest.len()];
-            rest.copy_to(&mut copy);
-            self.buffer.extend(copy);
-        }
         self.after_forwarding();
+    }
+
+    /// Writes as much as the host takes now; `None` when it takes nothing any more.
+    fn write_host(&mut self, data: &[VolatileSlice<'_>]) -> Option<usize> {
+        loop {
+            return match self.stream.write(data) {
+                Ok(written) => Some(written),
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => Some(0),
+                Err(_) => None,
+            };
+        }
     }
 
     /// The guest ends directions.
@@ -299,7 +303,7 @@ impl<S: HostStream> Connection<S> {
     }
 
     /// The next packet for the guest. Data is read into `payload`, the guest's buffer.
-    pub fn next(&mut self, payload: Option<&VolatileSlice<'_>>) -> Option<Outgoing> {
+    pub fn next(&mut self, payload: &[VolatileSlice<'_>]) -> Option<Outgoing> {
         match self.state {
             State::Over => return None,
             State::Reset => {
@@ -337,7 +341,7 @@ impl<S: HostStream> Connection<S> {
     }
 
     /// Data from the host's socket, if the guest has room.
-    fn read_host(&mut self, payload: Option<&VolatileSlice<'_>>) -> Option<Outgoing> {
+    fn read_host(&mut self, payload: &[VolatileSlice<'_>]) -> Option<Outgoing> {
         if !self.can_read() {
             return None;
         }
@@ -349,10 +353,12 @@ impl<S: HostStream> Connection<S> {
             }
             return None;
         }
-        let payload = payload?;
-        let slice = payload.subslice(0, room.min(payload.len())).ok().filter(|slice| !slice.is_empty())?;
+        let (slices, _) = queue::split(payload, room.min(queue::total(payload)))?;
+        if slices.is_empty() {
+            return None;
+        }
         let read = loop {
-            match self.stream.read(&slice) {
+            match self.stream.read(&slices) {
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 other => break other,
             }

@@ -6,7 +6,6 @@ use std::sync::Arc;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 
-use super::gather::Gather;
 use super::handler::Handler;
 use super::metrics::Metrics;
 use super::muxer::Muxer;
@@ -35,7 +34,7 @@ impl Vsock {
             .map_err(|source| Error::Listen { path: socket.to_owned(), source })?;
         Ok(Self {
             config: u64::from(cid).to_le_bytes(),
-            handler: Handler { queues: None, muxer, gather: Gather::new(), metrics: Arc::clone(&metrics) },
+            handler: Handler { queues: None, muxer, metrics: Arc::clone(&metrics) },
             metrics,
         })
     }

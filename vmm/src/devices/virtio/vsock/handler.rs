@@ -2,13 +2,11 @@
 
 use std::sync::Arc;
 
-use virtio_vsock::packet::VsockPacket;
-
 use super::connection::MAX_PAYLOAD;
-use super::gather::Gather;
 use super::metrics::Metrics;
 use super::muxer::Muxer;
-use crate::devices::virtio::queue::DeviceQueue;
+use super::packet;
+use crate::devices::virtio::queue::{self, Buffers, DeviceQueue};
 use crate::devices::virtio::{GuestError, Progress};
 use crate::memory::GuestMemory;
 
@@ -17,7 +15,6 @@ pub struct Handler {
     /// Memory, receive queue (to the guest), transmit queue (from it) while the driver is ready.
     pub(super) queues: Option<(Arc<GuestMemory>, DeviceQueue, DeviceQueue)>,
     pub(super) muxer: Muxer,
-    pub(super) gather: Gather,
     pub(super) metrics: Arc<Metrics>,
 }
 
@@ -31,7 +28,7 @@ impl Handler {
         let mut progress = Progress::More;
         transmit.disable_kicks(memory)?;
         for _ in 0..transmit.size() {
-            let Some(mut chain) = transmit.pop(memory)? else {
+            let Some(chain) = transmit.pop(memory)? else {
                 if transmit.enable_kicks(memory)? {
                     continue;
                 }
@@ -39,10 +36,10 @@ impl Handler {
                 break;
             };
             let head = chain.head_index();
-            let packet = self.gather.packet(memory.as_ref(), &mut chain)?;
+            let (header, payload) = packet::parse(&Buffers::of(memory, chain)?, MAX_PAYLOAD)?;
             Metrics::add(&self.metrics.tx_packets, 1);
-            Metrics::add(&self.metrics.tx_bytes, u64::from(packet.len()));
-            self.muxer.on_packet(&packet);
+            Metrics::add(&self.metrics.tx_bytes, u64::from(header.len));
+            self.muxer.on_packet(&header, &payload);
             transmit.push(memory, head, 0)?;
         }
         transmit.notify(memory)?;
@@ -62,7 +59,7 @@ impl Handler {
                 progress = Progress::Done;
                 break;
             }
-            let Some(mut chain) = receive.pop(memory)? else {
+            let Some(chain) = receive.pop(memory)? else {
                 if receive.enable_kicks(memory)? {
                     continue;
                 }
@@ -70,15 +67,16 @@ impl Handler {
                 break;
             };
             let head = chain.head_index();
-            let mut packet = VsockPacket::from_rx_virtq_chain(memory.as_ref(), &mut chain, MAX_PAYLOAD)?;
-            let Some(length) = self.muxer.next(&mut packet) else {
+            let (room, payload) = packet::receive_buffer(&Buffers::of(memory, chain)?)?;
+            let Some(header) = self.muxer.next(&payload) else {
                 receive.undo_pop();
                 progress = Progress::Done;
                 break;
             };
             Metrics::add(&self.metrics.rx_packets, 1);
-            Metrics::add(&self.metrics.rx_bytes, u64::from(packet.len()));
-            receive.push(memory, head, length)?;
+            Metrics::add(&self.metrics.rx_bytes, u64::from(header.len));
+            queue::write(&room, &header.to_bytes());
+            receive.push(memory, head, packet::HEADER_BYTES as u32 + header.len)?;
             used = true;
         }
         if used {

@@ -11,10 +11,10 @@
 
 pub mod connection;
 mod device;
-mod gather;
 mod handler;
 mod metrics;
 mod muxer;
+mod packet;
 mod stream;
 
 pub use device::Vsock;

@@ -9,11 +9,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use virtio_vsock::packet::{PKT_HEADER_SIZE, VsockPacket};
+use vm_memory::VolatileSlice;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::connection::{Connection, Credit, Fate, Outgoing, op};
 use super::metrics::Metrics;
+use super::packet::Header;
 use super::stream::close_cleanly;
 use crate::devices::virtio::Progress;
 use crate::listen::Listener;
@@ -114,14 +115,14 @@ impl Muxer {
     }
 
     /// A packet from the guest.
-    pub fn on_packet(&mut self, packet: &VsockPacket<'_, ()>) {
-        let ports = Ports { host: packet.dst_port(), guest: packet.src_port() };
-        let credit = Credit { buf_alloc: packet.buf_alloc(), fwd_cnt: packet.fwd_cnt() };
+    pub fn on_packet(&mut self, packet: &Header, payload: &[VolatileSlice<'_>]) {
+        let ports = Ports { host: packet.dst_port, guest: packet.src_port };
+        let credit = Credit { buf_alloc: packet.buf_alloc, fwd_cnt: packet.fwd_cnt };
         let addressed =
-            packet.dst_cid() == HOST_CID && packet.src_cid() == self.cid && packet.type_() == TYPE_STREAM;
+            packet.dst_cid == HOST_CID && packet.src_cid == self.cid && packet.kind == TYPE_STREAM;
         let known = self.by_ports.get(&ports).copied().filter(|_| addressed);
         let Some(id) = known else {
-            match packet.op() {
+            match packet.op {
                 op::REQUEST if addressed => self.connect(ports, credit),
                 op::RST => {}
                 _ => self.refuse(ports),
@@ -129,18 +130,16 @@ impl Muxer {
             return;
         };
         let Some(Entry::Stream { connection, .. }) = self.entries.get_mut(&id) else { return };
-        match packet.op() {
+        match packet.op {
             op::RESPONSE => connection.on_response(credit, format!("OK {}\n", ports.host).as_bytes()),
             op::RST => connection.on_reset(),
             op::SHUTDOWN => {
                 connection.on_credit(credit);
-                connection.on_shutdown(packet.flags());
+                connection.on_shutdown(packet.flags);
             }
             op::RW => {
                 connection.on_credit(credit);
-                if let Some(data) = packet.data_slice() {
-                    connection.on_data(data);
-                }
+                connection.on_data(payload);
             }
             op::CREDIT_UPDATE => connection.on_credit(credit),
             op::CREDIT_REQUEST => {
@@ -152,11 +151,11 @@ impl Muxer {
         self.settle(id);
     }
 
-    /// Fills `packet` with the next one for the guest; tells its length with header.
-    pub fn next(&mut self, packet: &mut VsockPacket<'_, ()>) -> Option<u32> {
+    /// The next packet for the guest, its payload already in `payload`.
+    pub fn next(&mut self, payload: &[VolatileSlice<'_>]) -> Option<Header> {
         if let Some(ports) = self.refusals.pop_front() {
             let credit = Credit { buf_alloc: 0, fwd_cnt: 0 };
-            return Some(self.fill(packet, ports, Outgoing { op: op::RST, flags: 0, length: 0, credit }));
+            return Some(self.header(ports, Outgoing { op: op::RST, flags: 0, length: 0, credit }));
         }
         while let Some(id) = self.sending.pop_front() {
             let Some(Entry::Stream { ports, connection, queued }) = self.entries.get_mut(&id) else {
@@ -164,29 +163,29 @@ impl Muxer {
             };
             *queued = false;
             let ports = *ports;
-            let outgoing = connection.next(packet.data_slice());
+            let outgoing = connection.next(payload);
             // Behind all others, if it has more: streams take turns.
             self.settle(id);
             if let Some(outgoing) = outgoing {
-                return Some(self.fill(packet, ports, outgoing));
+                return Some(self.header(ports, outgoing));
             }
         }
         None
     }
 
-    fn fill(&self, packet: &mut VsockPacket<'_, ()>, ports: Ports, outgoing: Outgoing) -> u32 {
-        packet
-            .set_src_cid(HOST_CID)
-            .set_dst_cid(self.cid)
-            .set_src_port(ports.host)
-            .set_dst_port(ports.guest)
-            .set_len(outgoing.length)
-            .set_type(TYPE_STREAM)
-            .set_op(outgoing.op)
-            .set_flags(outgoing.flags)
-            .set_buf_alloc(outgoing.credit.buf_alloc)
-            .set_fwd_cnt(outgoing.credit.fwd_cnt);
-        PKT_HEADER_SIZE as u32 + outgoing.length
+    fn header(&self, ports: Ports, outgoing: Outgoing) -> Header {
+        Header {
+            src_cid: HOST_CID,
+            dst_cid: self.cid,
+            src_port: ports.host,
+            dst_port: ports.guest,
+            len: outgoing.length,
+            kind: TYPE_STREAM,
+            op: outgoing.op,
+            flags: outgoing.flags,
+            buf_alloc: outgoing.credit.buf_alloc,
+            fwd_cnt: outgoing.credit.fwd_cnt,
+        }
     }
 
     /// Works off what happened on the host's sockets. `active`: whether the guest can have new streams.

@@ -7,6 +7,8 @@ use std::os::unix::net::UnixStream;
 
 use vm_memory::VolatileSlice;
 
+use crate::devices::virtio::queue;
+
 /// Most unread bytes thrown away before a socket is closed.
 const MAX_DISCARD: usize = 1 << 20;
 
@@ -16,12 +18,12 @@ pub trait HostStream {
     ///
     /// # Errors
     /// As `recv(2)`; `WouldBlock` when there is nothing yet.
-    fn read(&mut self, into: &VolatileSlice<'_>) -> io::Result<usize>;
+    fn read(&mut self, into: &[VolatileSlice<'_>]) -> io::Result<usize>;
     /// Writes from guest memory.
     ///
     /// # Errors
     /// As `send(2)`; `WouldBlock` when there is no room.
-    fn write(&mut self, from: &VolatileSlice<'_>) -> io::Result<usize>;
+    fn write(&mut self, from: &[VolatileSlice<'_>]) -> io::Result<usize>;
     /// Writes from the monitor's memory.
     ///
     /// # Errors
@@ -32,16 +34,19 @@ pub trait HostStream {
 }
 
 impl HostStream for UnixStream {
-    fn read(&mut self, into: &VolatileSlice<'_>) -> io::Result<usize> {
-        let pointer = into.ptr_guard_mut().as_ptr();
-        // SAFETY: the slice is valid for writing, and what is in guest memory is nobody's concern.
-        result(unsafe { libc::recv(self.as_raw_fd(), pointer.cast(), into.len(), libc::MSG_DONTWAIT) })
+    fn read(&mut self, into: &[VolatileSlice<'_>]) -> io::Result<usize> {
+        let mut buffers = queue::iovecs(into);
+        let mut message = message(&mut buffers);
+        // SAFETY: the slices are valid for writing, and what is in guest memory is nobody's concern.
+        result(unsafe { libc::recvmsg(self.as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT) })
     }
 
-    fn write(&mut self, from: &VolatileSlice<'_>) -> io::Result<usize> {
+    fn write(&mut self, from: &[VolatileSlice<'_>]) -> io::Result<usize> {
         let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
-        // SAFETY: the slice is valid for reading.
-        result(unsafe { libc::send(self.as_raw_fd(), from.ptr_guard().as_ptr().cast(), from.len(), flags) })
+        let mut buffers = queue::iovecs(from);
+        let message = message(&mut buffers);
+        // SAFETY: the slices are valid for reading.
+        result(unsafe { libc::sendmsg(self.as_raw_fd(), &raw const message, flags) })
     }
 
     fn write_bytes(&mut self, from: &[u8]) -> io::Result<usize> {
@@ -54,6 +59,15 @@ impl HostStream for UnixStream {
         // Fails only when the other end is gone already.
         let _ = Self::shutdown(self, how);
     }
+}
+
+/// A message of these buffers, which must outlive it.
+fn message(buffers: &mut [libc::iovec]) -> libc::msghdr {
+    // SAFETY: a msghdr of zeros is valid: no name, no control data.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = buffers.as_mut_ptr();
+    message.msg_iovlen = buffers.len();
+    message
 }
 
 fn result(returned: isize) -> io::Result<usize> {
