@@ -13,7 +13,9 @@ fn main() -> Result<()> {
         [root, "load", file] => {
             let source = Source::from_argument(file.as_ref());
             let progress = progress::for_stderr();
-            for image in Store::open(Path::new(root))?.load(&source, &LoadOptions::default(), progress.as_ref())? {
+            for image in
+                Store::open(Path::new(root))?.load(&source, &LoadOptions::default(), progress.as_ref())?
+            {
                 println!("{} {}", image.id.short(), image.names.join(" "));
             }
         }

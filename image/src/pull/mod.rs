@@ -211,6 +211,9 @@ impl Remote {
             },
             404 => "there is no such image or tag".to_owned(),
             429 => "too many requests: wait, or log in".to_owned(),
+            _ if said.contains("dns error") => {
+                format!("the name {domain} cannot be resolved: mistyped, or no network")
+            }
             _ if said.contains("refused") => format!("nothing listens at {domain}"),
             _ if !self.plain_http && said.contains("InvalidContentType") => {
                 format!("{domain} does not speak TLS; --plain-http if that is meant to be so")
