@@ -158,10 +158,12 @@ fn attend(
         }
         let [ended, signalled, detached] = fds.map(|fd| !fd.revents().is_empty());
         if ended {
-            let answer: WaitProcessResponse = agent
-                .receive("WaitProcess", call)
-                .context(|| "the container ended under the process".into())?;
-            return Ok(Some(u8::try_from(answer.exit_code).unwrap_or(255)));
+            // A program that could not be executed is told here: it is only tried once the streams are connected.
+            return match agent.receive::<WaitProcessResponse>("WaitProcess", call) {
+                Ok(answer) => Ok(Some(u8::try_from(answer.exit_code).unwrap_or(255))),
+                Err(error @ CallError::Refused { .. }) => Err(cannot_start(error)),
+                Err(error) => Err(error).context(|| "the container ended under the process".into()),
+            };
         }
         while let Some(signal) = if signalled { signals.next() } else { None } {
             pass_on(guest, container, exec, signal, tty);
