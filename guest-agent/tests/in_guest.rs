@@ -465,3 +465,29 @@ fn many_at_a_time_leave_nothing() {
     let mounts = std::fs::read_to_string("/proc/mounts").unwrap();
     assert!(!mounts.contains("/run/layers"), "{mounts}");
 }
+
+/// With QEMU's -icount shift=1 a nanosecond is half an instruction.
+#[test]
+#[ignore = "see tests/run-in-guest"]
+fn what_it_costs() {
+    let time = |what: &str, since: &mut std::time::Instant| {
+        println!("{what}: {} us", since.elapsed().as_micros());
+        *since = std::time::Instant::now();
+    };
+    for round in 0..20 {
+        let id = format!("cost-{round}");
+        let mut since = std::time::Instant::now();
+        create(&id, spec(&process(&["true"], ""), ""), OUT).unwrap();
+        time("create", &mut since);
+        let out = stream(&id, "", Kind::Stdout, "").unwrap();
+        time("connect", &mut since);
+        start(&id);
+        time("start", &mut since);
+        wait(&id, "");
+        time("run", &mut since);
+        assert_eq!(text(out), "");
+        time("read", &mut since);
+        delete(&id);
+        time("delete", &mut since);
+    }
+}

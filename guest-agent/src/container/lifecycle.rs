@@ -15,7 +15,7 @@ use super::capabilities::Sets;
 use super::cgroup::Cgroup;
 use super::channel::{self, Report};
 use super::child::{self, Common, Init};
-use super::namespaces::{Forked, Namespaces, fork_beside, map_ids};
+use super::namespaces::{Forked, Namespaces, fork_beside, loopback_up, map_ids};
 use super::process::{Exit, Process, Slot, State};
 use super::rootfs::Rootfs;
 use super::seccomp::Filter;
@@ -102,6 +102,9 @@ impl Agent {
         let fork = || namespaces.fork(cgroup.fd());
         if namespaces.has_user() {
             crate::boot::mount_sysfs()?;
+        }
+        if namespaces.shares_net() {
+            loopback_up()?;
         }
         let child = start_child(process, &asked, seccomp, None, fork, |common| {
             let init = Init { spec, namespaces, rootfs: &rootfs.path, cgroup: cgroup.path() };

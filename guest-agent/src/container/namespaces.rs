@@ -88,6 +88,11 @@ impl Namespaces {
         self.create & NET != 0
     }
 
+    /// Whether the container uses the guest's own network, whose loopback nothing else brings up.
+    pub fn shares_net(&self) -> bool {
+        !self.has_net() && self.join.iter().all(|(flag, _)| *flag != NET)
+    }
+
     /// Whether `/sys/fs/cgroup` starts at the container's own group.
     pub fn has_cgroup(&self) -> bool {
         self.create & CGROUP != 0
