@@ -75,7 +75,10 @@ pub fn examine(layout: &Layout) -> Vec<Check> {
 /// The check of KVM alone, which `run` makes before it promises anything.
 #[must_use]
 pub fn kvm() -> Check {
-    device("kvm", "/dev/kvm", "x")
+    match vmm::selftest::run() {
+        vmm::selftest::Verdict::Usable => Check::ok("kvm", "/dev/kvm runs guests"),
+        vmm::selftest::Verdict::Unusable { found, advice } => Check::bad("kvm", Verdict::Failed, found, advice),
+    }
 }
 
 /// As [`kvm`], but remembers until the next boot of the host that it went well.
