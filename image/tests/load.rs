@@ -299,6 +299,21 @@ fn the_same_image_loaded_twice_at_once() {
 }
 
 #[test]
+fn images_can_be_removed_while_others_are_added() {
+    let (scratch, store) = store();
+    load_bytes(&store, &archive(&sample().oci_members())).unwrap();
+    // What a command that adds images holds.
+    let lock = fs::File::open(root(&scratch).join("lock")).unwrap();
+    rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockShared).unwrap();
+    let removed = store.remove("sample:1", false, &nobody).unwrap();
+    assert_eq!((removed.image, removed.layers.len()), (Some(sample().id()), 0), "layers may be wanted");
+    assert!(store.resolve("sample:1").is_err());
+    drop(lock);
+    assert_eq!(store.prune(PruneScope::Unnamed, &nobody).unwrap().layers.len(), 3);
+    assert_eq!(files(&root(&scratch)), Vec::<String>::new());
+}
+
+#[test]
 fn stale_temporary_files_go() {
     let (scratch, store) = store();
     let bytes = archive(&sample().oci_members());

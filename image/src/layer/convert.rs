@@ -32,7 +32,7 @@ pub(crate) fn add_layer(
 ) -> Result<LayerRecord> {
     let diff_id = expected.diff_id;
     let temp = TempFile::create(store)?;
-    let tails = TempFile::anonymous(store)?;
+    let tails = TempFile::create(store)?.into_anonymous()?;
     let input = Counting { inner: input, task };
     let (size, notes) = convert(input, &temp, tails, expected, store.limits(), &|written, source| {
         // The layer will take about as much as is known of it already, plainly packed or not.
@@ -46,7 +46,7 @@ pub(crate) fn add_layer(
         progress.note(&format!("layer {}: {note}", diff_id.short()));
     }
     let path = store.layer_path(&diff_id);
-    let published = temp.publish(&path, false);
+    let published = temp.publish(&path);
     published.map_err(|error| store.write_error(&format!("layer {diff_id}"), size, error))?;
     Ok(LayerRecord { diff_id, size })
 }

@@ -56,7 +56,7 @@ impl Members {
         progress: &dyn Progress,
     ) -> Result<Self> {
         let Limits { archive_bytes, .. } = *store.limits();
-        let mut file = TempFile::anonymous(store)?;
+        let mut file = TempFile::create(store)?.into_anonymous()?;
         let task = progress.start("reading archive", None);
         let failed = |source| Error::Input { what: what.to_owned(), source };
         let mut input =

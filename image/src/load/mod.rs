@@ -131,6 +131,7 @@ pub(crate) fn commit(
     let layers: Option<Vec<LayerRecord>> =
         plan.layers.iter().map(|layer| records.get(&layer.diff_id).copied()).collect();
     let layers = layers.ok_or_else(|| bad(&format!("image {}", plan.id), "a layer was not converted"))?;
+    let _records = Lock::records(store)?;
     let manifest_digest = plan.manifest.as_ref().map(|(digest, _)| *digest);
     let record = Record::new(store, plan.id, manifest_digest, plan.config, layers);
     store.commit(&record, &plan.config_bytes, plan.manifest.as_ref().map(|(_, bytes)| bytes.as_slice()))?;

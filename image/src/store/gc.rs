@@ -58,21 +58,24 @@ impl Store {
         if reference.digest().is_some() {
             return Err(Error::BadName { name: new.to_owned(), why: "a new name cannot have a digest" });
         }
-        let _lock = Lock::shared(self, &crate::progress::Silent)?;
+        let _shared = Lock::shared(self, &crate::progress::Silent)?;
+        let _records = Lock::records(self)?;
         let (record, _) = self.find(source)?;
         self.write_name(&reference.stored_name(), &record.id)?;
         Ok(reference.stored_name())
     }
 
     /// Removes a name, and the image with its layers if that was the last name. By id, the image with all its names;
-    /// `force` is needed for several names or an image in use. Running sandboxes keep their open layers.
+    /// `force` is needed for several names or an image in use. Running sandboxes keep their open layers. While another
+    /// command adds images, layers stay until the next removal or prune.
     ///
     /// # Errors
     /// [`Error::NotFound`], [`Error::InUse`], [`Error::SeveralNames`], a damaged store.
     pub fn remove(&self, name: &str, force: bool, in_use: &dyn Fn(&Digest) -> bool) -> Result<Removed> {
         // A question to an empty store shall not create one.
         self.find(name)?;
-        let _lock = Lock::exclusive(self)?;
+        let alone = Lock::exclusive_now(self)?;
+        let _records = Lock::records(self)?;
         let (record, full_name) = self.find(name)?;
         let id = record.id;
         let all: Vec<String> = self.names_of(&id)?;
@@ -98,12 +101,15 @@ impl Store {
         if last {
             remove(&self.record_path(&id))?;
             removed.image = Some(id);
+        }
+        if last && alone.is_some() {
             (removed.layers, removed.freed) = self.sweep()?;
         }
         Ok(removed)
     }
 
-    /// Removes images that nobody needs, and everything left behind by commands that were killed.
+    /// Removes images that nobody needs, and everything left behind by commands that were killed. Waits for commands
+    /// that add images.
     ///
     /// # Errors
     /// A damaged store.
@@ -112,7 +118,8 @@ impl Store {
         if !self.root.exists() {
             return Ok(pruned);
         }
-        let _lock = Lock::exclusive(self)?;
+        let _alone = Lock::exclusive(self)?;
+        let _records = Lock::records(self)?;
         let names = self.names()?;
         for id in self.ids()? {
             let own: Vec<&String> =

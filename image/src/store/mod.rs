@@ -1,15 +1,16 @@
 //! The store on disk.
 //!
 //! ```text
-//! ROOT/lock                          flock: shared while adding, exclusive while removing
+//! ROOT/lock                          flock: shared while adding, exclusive while removing layers
+//! ROOT/records.lock                  flock: exclusive for moments, while names and images change
 //! ROOT/names/<name, %-encoded>       the id of the image that goes by this name
 //! ROOT/images/<id>.json              everything `run` needs to know: defaults and layers
 //! ROOT/blobs/sha256/<digest>         configuration and manifest, byte for byte as they came
 //! ROOT/layers/sha256/<diff id>.erofs
-//! ROOT/tmp/                          files being written
+//! ROOT/tmp/                          files being written, where they cannot be without a name
 //! ```
 //!
-//! A file appears under its name complete and on disk, or not at all (written in `tmp`, synced, renamed). An image is
+//! A file appears under its name complete and on disk, or not at all (written under no name or one in `tmp`, synced, then named). An image is
 //! added from the bottom up: layers, blobs, `images/`, `names/`; and removed from the top down. So at no moment does
 //! anything refer to something that is not there, and a kill leaves at most unreferenced files, which the next
 //! `prune` or `rm` removes; stale files in `tmp` go as soon as anything takes the lock exclusively.

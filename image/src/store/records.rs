@@ -130,10 +130,10 @@ impl Store {
 
     fn write_small(&self, path: &Path, bytes: &[u8]) -> Result<()> {
         let what = path.strip_prefix(&self.root).unwrap_or(path).display().to_string();
-        let temp = TempFile::create(self)?;
+        let temp = TempFile::named(self)?;
         temp.file()
             .write_all(bytes)
-            .and_then(|()| temp.publish(path, true))
+            .and_then(|()| temp.replace(path))
             .map_err(|error| self.write_error(&what, bytes.len() as u64, error))
     }
 

@@ -214,7 +214,7 @@ pub fn noise(count: usize) -> Vec<u8> {
     std::iter::repeat_with(step).take(count).collect()
 }
 
-/// All files below a store, but for the lock.
+/// All files below a store, but for the locks.
 pub fn files(root: &Path) -> Vec<String> {
     let mut found = Vec::new();
     let mut pending = vec![root.to_owned()];
@@ -228,7 +228,7 @@ pub fn files(root: &Path) -> Vec<String> {
             }
         }
     }
-    found.retain(|name| name != "lock");
+    found.retain(|name| !name.ends_with("lock"));
     found.sort();
     found
 }
