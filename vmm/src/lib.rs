@@ -12,6 +12,7 @@
 //! | [`devices`] | legacy ports and virtio |
 //! | [`event_loop`] | the one thread in which devices do their work |
 //! | [`control`] | the control socket, server and client |
+//! | [`selftest`] | whether this host's KVM can run Linux at all |
 //! | [`report`] | what is left behind for people and programs when the machine ends |
 //!
 //! A monitor runs one virtual machine and is one process. The crate knows nothing of containers.
@@ -31,6 +32,7 @@ pub mod listen;
 pub mod machine;
 pub mod memory;
 pub mod report;
+pub mod selftest;
 pub mod signals;
 pub mod sync;
 pub mod timeline;

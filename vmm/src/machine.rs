@@ -161,7 +161,7 @@ pub struct Running {
 }
 
 /// Opens /dev/kvm and checks what the monitor cannot do without.
-fn open_kvm() -> Result<Kvm> {
+pub(crate) fn open_kvm() -> Result<Kvm> {
     let fd = Kvm::open_with_cloexec(true)
         .map_err(|source| Error::KvmOpen { reason: open_reason(&source), source })?;
     // SAFETY: a descriptor of /dev/kvm just opened, owned by nobody else.
@@ -180,7 +180,7 @@ fn open_kvm() -> Result<Kvm> {
 }
 
 /// Why /dev/kvm could not be opened, and what to do about it.
-pub(crate) fn open_reason(error: &kvm_ioctls::Error) -> &'static str {
+fn open_reason(error: &kvm_ioctls::Error) -> &'static str {
     match error.errno() {
         libc::ENOENT => {
             "it does not exist. Load the module kvm_intel or kvm_amd, and enable virtualisation in the firmware \

@@ -12,7 +12,7 @@ use vmm::config::{
     SerialConfig, VsockConfig,
 };
 use vmm::control::{Client, Method};
-use vmm::error::{STATUS_OS, STATUS_USAGE};
+use vmm::error::{STATUS_KVM_UNUSABLE, STATUS_OS, STATUS_USAGE};
 use vmm::exit::Outcome;
 use vmm::machine::Machine;
 use vmm::signals;
@@ -102,6 +102,10 @@ struct Arguments {
     #[arg(long)]
     print_config: bool,
 
+    /// Find out whether this host's KVM can run Linux, and what to do if not
+    #[arg(long)]
+    self_test: bool,
+
     /// Send METHOD to the monitor that listens on this control socket, and print the answer
     #[arg(long, value_name = "SOCKET", requires = "method", conflicts_with_all = ["config", "kernel"])]
     ctl: Option<PathBuf>,
@@ -168,6 +172,9 @@ fn parse() -> Arguments {
 fn with_arguments(arguments: &Arguments, timeline: &Arc<Timeline>) -> u8 {
     if let (Some(socket), Some(method)) = (&arguments.ctl, arguments.method) {
         return ctl(socket, method.into());
+    }
+    if arguments.self_test {
+        return self_test();
     }
     if arguments.die_with_parent
         && let Err(error) = signals::die_with_parent()
@@ -282,6 +289,12 @@ fn run(config: vmm::Result<Config>, timeline: &Arc<Timeline>) -> u8 {
         signals::die_by(signal);
     }
     status
+}
+
+fn self_test() -> u8 {
+    let verdict = vmm::selftest::run();
+    println!("{verdict}");
+    if verdict.is_usable() { 0 } else { STATUS_KVM_UNUSABLE }
 }
 
 fn ctl(socket: &Path, method: Method) -> u8 {

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::ptr;
+use std::os::unix::fs::FileExt;
 
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
@@ -24,9 +24,10 @@ pub struct Placement {
 /// How a file gets into memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Way {
-    /// Read into anonymous memory. The guest takes few faults, since huge pages can back it.
+    /// Read into anonymous memory. Huge pages can back it, so that the guest takes few faults.
     Copy,
-    /// Whole pages are mapped privately from the file. Machines share the page cache; every page is a fault.
+    /// Whole pages are mapped privately from the file. Machines share the page cache; every page the guest touches is a
+    /// fault.
     Map,
 }
 
@@ -58,35 +59,15 @@ fn host_range(memory: &GuestMemory, part: Placement) -> io::Result<(*mut u8, usi
     Ok((slice.ptr_guard_mut().as_ptr(), length))
 }
 
-/// Copies by way of a mapping of the file. The C library's copy uses the widest registers there are, the kernel's
-/// `read` may not: 13 MiB of kernel took 17 ms with it on a processor without fast string operations, see
-/// docs/decisions.
 fn copy(memory: &GuestMemory, file: &File, part: Placement) -> io::Result<()> {
     if part.length == 0 {
         return Ok(());
     }
-    if file.metadata()?.len() < part.offset.saturating_add(part.length) {
-        return Err(io::ErrorKind::UnexpectedEof.into());
-    }
     let (address, length) = host_range(memory, part)?;
-    let lead = part.offset % PAGE;
-    let offset = libc::off_t::try_from(part.offset - lead).map_err(io::Error::other)?;
-    let mapped_length = length + lead as usize;
-    let flags = libc::MAP_PRIVATE | libc::MAP_POPULATE;
-    // SAFETY: a new read-only mapping at an address of the kernel's choice touches nothing that exists.
-    let mapped = unsafe {
-        libc::mmap(ptr::null_mut(), mapped_length, libc::PROT_READ, flags, file.as_raw_fd(), offset)
-    };
-    if mapped == libc::MAP_FAILED {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: from the mapping just made, whose pages the file was seen to have, to a range checked to be guest memory;
-    // no vCPU runs yet, so that nothing else reads or writes it. Then the mapping, known to nobody else, goes.
-    unsafe {
-        ptr::copy_nonoverlapping(mapped.cast::<u8>().add(lead as usize), address, length);
-        libc::munmap(mapped, mapped_length);
-    }
-    Ok(())
+    // SAFETY: the range was checked to be guest memory, which is mapped for good; no vCPU runs yet, so that nothing
+    // else reads or writes it.
+    let buffer = unsafe { std::slice::from_raw_parts_mut(address, length) };
+    file.read_exact_at(buffer, part.offset)
 }
 
 fn map(memory: &GuestMemory, file: &File, part: Placement) -> io::Result<()> {

@@ -62,7 +62,7 @@ pub fn load(
         let (memory_mib, needed_mib) = (bytes >> 20, needed.div_ceil(1 << 20));
         return Err(Error::MemoryTooSmall { memory_mib, needed_mib });
     }
-    let entry = kernel.load(memory, &boot.kernel, KERNEL_WAY)?;
+    let entry = kernel.load(memory, &boot.kernel, WAY)?;
 
     let mut params = boot_params::default();
     if let Some(header) = kernel.setup_header() {
@@ -77,7 +77,7 @@ pub fn load(
         let limit = layout::low_end(bytes).min(kernel.initramfs_limit() + 1);
         let address = (limit - length) / layout::PAGE * layout::PAGE;
         let part = Placement { offset: 0, length: *length, address };
-        place(memory, file, part, INITRAMFS_WAY).map_err(|source| Error::Input {
+        place(memory, file, part, WAY).map_err(|source| Error::Input {
             what: "initramfs",
             path: path.clone(),
             source,
@@ -102,10 +102,9 @@ pub fn load(
     Ok(entry)
 }
 
-/// See [`Way`].
-const KERNEL_WAY: Way = Way::Copy;
-/// See [`Way`].
-const INITRAMFS_WAY: Way = Way::Copy;
+/// Copying 13 MiB of kernel takes 17 ms in the emulated host (2 ns per instruction), mapping it 0.5 ms; but then the boot
+/// takes 93 ms longer, for thousands of faults of 4 KiB where 22 of 2 MiB do. Without huge pages it is 45 ms more still.
+const WAY: Way = Way::Copy;
 
 fn open_initramfs(path: &Path) -> Result<(File, u64)> {
     let open = || {
