@@ -52,13 +52,7 @@ fn entrypoint(host: &Host) -> Result<()> {
 
 test!(hostname, BUSYBOX);
 fn hostname(host: &Host) -> Result<()> {
-    shell(
-        host,
-        &["--hostname", "some-name"],
-        "hostname; cat /proc/sys/kernel/hostname; grep -c some-name /etc/hosts",
-    )?
-    .ok()?
-    .stdout_has("some-name\nsome-name\n")?;
+    shell(host, &["--hostname", "some-name"], "hostname; uname -n")?.ok()?.stdout_is("some-name\nsome-name\n")?;
     Ok(())
 }
 
