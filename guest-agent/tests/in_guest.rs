@@ -71,7 +71,13 @@ fn rootfs() -> Rootfs {
 }
 
 fn create(id: &str, spec: String, stdio: Stdio) -> Result<CreateContainerResponse, CallError> {
-    let request = CreateContainerRequest { id: id.into(), spec, rootfs: Some(rootfs()), stdio: Some(stdio) };
+    let request = CreateContainerRequest {
+        id: id.into(),
+        spec,
+        rootfs: Some(rootfs()),
+        stdio: Some(stdio),
+        files: Vec::new(),
+    };
     call("CreateContainer", &request)
 }
 
@@ -431,7 +437,7 @@ fn bad_requests_harm_nobody() {
             layers: vec![Filesystem { fstype: "erofs".into(), source: "/dev/vdz".into(), options: vec![] }],
             writable: None,
         }),
-        stdio: None,
+        ..Default::default()
     };
     let error = call::<CreateContainerResponse>("CreateContainer", &missing).unwrap_err();
     assert!(error.to_string().contains("/dev/vdz"), "{error}");

@@ -77,7 +77,9 @@ pub fn examine(layout: &Layout) -> Vec<Check> {
 pub fn kvm() -> Check {
     match vmm::selftest::run() {
         vmm::selftest::Verdict::Usable => Check::ok("kvm", "/dev/kvm runs guests"),
-        vmm::selftest::Verdict::Unusable { found, advice } => Check::bad("kvm", Verdict::Failed, found, advice),
+        vmm::selftest::Verdict::Unusable { found, advice } => {
+            Check::bad("kvm", Verdict::Failed, found, advice)
+        }
     }
 }
 

@@ -53,6 +53,9 @@ pub fn run(
         return Err(Error::Usage("-t needs a terminal on standard input: leave -t out, or add -d".into()));
     }
     let user = resolve_user(image, options.user.as_deref().unwrap_or(&image.config.user))?;
+    if let Some(hostname) = &options.hostname {
+        check_hostname(hostname)?;
+    }
     let reservation = Reservation::make(layout, name)?;
     let files = reservation.files.clone();
     let hostname = options.hostname.clone().unwrap_or_else(|| names::short(&reservation.id).to_owned());
@@ -134,6 +137,18 @@ fn prepare(
         caller,
     };
     Ok((plan, wire))
+}
+
+/// What `sethostname(2)` and `/etc/hosts` take: at most 64 bytes of letters, digits, `-` and `.`.
+fn check_hostname(name: &str) -> Result<()> {
+    let good = (1..=64).contains(&name.len())
+        && !name.starts_with('-')
+        && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._".contains(&byte));
+    if good {
+        Ok(())
+    } else {
+        Err(Error::Usage(format!("--hostname {name:?}: write at most 64 letters, digits, `-` or `.`")))
+    }
 }
 
 fn resolve_user(image: &Image, wanted: &str) -> Result<ProcessUser> {

@@ -205,7 +205,7 @@ impl Supervisor {
     }
 
     fn start_container(&mut self, agent: &mut Agent) -> Result<Relay> {
-        let Plan { record, layers, spec, files, ends, .. } = &mut self.plan;
+        let Plan { record, layers, spec, files, ends, hostname, .. } = &mut self.plan;
         let options = &record.options;
         let storage = options.storage.unwrap_or(scratch::DEFAULT_SIZE);
         let writable = if storage > 0 {
@@ -227,6 +227,7 @@ impl Supervisor {
                 writable: Some(writable),
             }),
             stdio: Some(stdio),
+            files: etc(hostname),
         };
         let _: CreateContainerResponse = agent.call("CreateContainer", &request).map_err(cannot_start)?;
         trace::mark("container created");
@@ -363,6 +364,17 @@ impl Supervisor {
         let _ = self.plan.caller.send(&tell);
         code
     }
+}
+
+/// The files in `/etc` that every container gets. There is no name server: a container has a loopback interface only.
+fn etc(hostname: &str) -> Vec<bulkhead_protocol::agent::File> {
+    let file = |path: &str, content: String| bulkhead_protocol::agent::File {
+        path: path.into(),
+        mode: 0o644,
+        content: content.into_bytes(),
+    };
+    let hosts = format!("127.0.0.1\tlocalhost {hostname}\n::1\tlocalhost ip6-localhost ip6-loopback\n");
+    vec![file("/etc/hostname", format!("{hostname}\n")), file("/etc/hosts", hosts)]
 }
 
 /// Whether a signal would end an ordinary program: then it ends a start that is under way.

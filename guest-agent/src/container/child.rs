@@ -5,6 +5,7 @@ use std::convert::Infallible;
 use std::ffi::CString;
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use bulkhead_protocol::agent;
@@ -61,6 +62,8 @@ pub struct Init<'a> {
     pub rootfs: &'a Path,
     /// The container's cgroup directory.
     pub cgroup: &'a Path,
+    /// Files that the host puts into the root.
+    pub files: &'a [agent::File],
 }
 
 /// Runs `body`, which ends in execve, and reports why if it does not. Never returns: this is a copy of the agent.
@@ -89,7 +92,7 @@ pub fn run(channel: OwnedFd, body: impl FnOnce(BorrowedFd<'_>) -> Result<Infalli
 /// # Errors
 /// The step that failed.
 pub fn init(common: &Common<'_>, init: &Init<'_>) -> Result<Infallible> {
-    let Init { spec, namespaces, rootfs, cgroup } = *init;
+    let Init { spec, namespaces, rootfs, cgroup, files } = *init;
     prepare(common, namespaces.has_user(), spec.process.as_ref().and_then(|p| p.oom_score_adj))?;
     namespaces.enter()?;
     if namespaces.has_net() {
@@ -122,10 +125,22 @@ pub fn init(common: &Common<'_>, init: &Init<'_>) -> Result<Infallible> {
     for (name, value) in &spec.linux.sysctl {
         set_sysctl(name, value)?;
     }
+    files.iter().try_for_each(put_file)?;
     spec.linux.readonly_paths.iter().try_for_each(|path| mounts::make_readonly(path))?;
     spec.linux.masked_paths.iter().try_for_each(|path| mounts::mask(path))?;
     set_root_flags(spec)?;
     finish(common, terminal)
+}
+
+/// Puts a file of the host's into the root, which is the container's by now: no link leads out of it.
+fn put_file(file: &agent::File) -> Result<()> {
+    let path = Path::new(&file.path);
+    let put = || -> std::io::Result<()> {
+        fs::create_dir_all(path.parent().unwrap_or(Path::new("/")))?;
+        fs::write(path, &file.content)?;
+        fs::set_permissions(path, fs::Permissions::from_mode(file.mode & 0o777))
+    };
+    put().context(|| format!("write {}", path.display()))
 }
 
 /// One more process in a running container: the agent has forked it into the pid namespace and cgroup.

@@ -107,7 +107,8 @@ impl Agent {
             loopback_up()?;
         }
         let child = start_child(process, &asked, seccomp, None, fork, |common| {
-            let init = Init { spec, namespaces, rootfs: &rootfs.path, cgroup: cgroup.path() };
+            let init =
+                Init { spec, namespaces, rootfs: &rootfs.path, cgroup: cgroup.path(), files: &request.files };
             child::init(common, &init)
         })?;
         if namespaces.has_user() {
