@@ -134,13 +134,18 @@ impl Supervisor {
         trace::mark("container ended");
         relay.finish();
         trace::mark("output passed on");
-        let shutdown =
-            ShutdownRequest { status: exit.code.into(), sync: !self.plan.record.options.auto_remove };
-        // The answer never comes when the machine is quick: its end is the answer.
-        let _ = agent.send("Shutdown", &shutdown);
-        monitor.end();
+        let timeline = if trace::enabled() { monitor.timeline() } else { None };
+        if self.plan.record.options.auto_remove {
+            // Nothing in the guest is wanted any more: all output has been passed on.
+            monitor.discard();
+        } else {
+            let shutdown = ShutdownRequest { status: exit.code.into(), sync: true };
+            // The answer never comes when the machine is quick: its end is the answer.
+            let _ = agent.send("Shutdown", &shutdown);
+            monitor.end();
+        }
         trace::mark("microVM ended");
-        trace::write(monitor.report().as_ref());
+        trace::write(timeline.as_ref());
         Ok(exit)
     }
 

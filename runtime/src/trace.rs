@@ -34,12 +34,17 @@ pub fn now_ns() -> u64 {
     u64::try_from(time.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(time.tv_nsec).unwrap_or(0)
 }
 
-/// Writes the timeline, with the marks of the monitor's report among ours.
-pub(crate) fn write(report: Option<&Value>) {
+/// Whether marks are noted.
+pub(crate) fn enabled() -> bool {
+    MARKS.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+}
+
+/// Writes the timeline, with the monitor's among ours.
+pub(crate) fn write(monitor: Option<&Value>) {
     let Some(path) = env::var_os("BULKHEAD_TRACE").map(PathBuf::from) else { return };
     let Some(marks) = MARKS.lock().unwrap_or_else(PoisonError::into_inner).take() else { return };
     let ours = marks.iter().map(|&(name, ns)| ("bulkhead", name.to_owned(), ns));
-    let monitor = report.and_then(|report| report.get("timeline")).and_then(Value::as_array);
+    let monitor = monitor.and_then(Value::as_array);
     let theirs = monitor.into_iter().flatten().filter_map(|mark| {
         Some(("monitor", mark.get("event")?.as_str()?.to_owned(), mark.get("ns")?.as_u64()?))
     });
