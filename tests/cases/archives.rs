@@ -116,12 +116,12 @@ fn image_defaults_are_used(host: &Host) -> Result<()> {
         "--rm",
         "--entrypoint",
         "sh",
-        "redis",
+        "redis:7",
         "-c",
         "id -un; pwd; ls -ld . | cut -c1-10",
     ])?;
     run.ok()?.stdout_is("redis\n/data\ndrwxr-xr-x\n")?;
-    host.bulkhead(["run", "--rm", "redis", "--version"])?.ok()?.stdout_has("Redis server v=7")?;
+    host.bulkhead(["run", "--rm", "redis:7", "--version"])?.ok()?.stdout_has("Redis server v=7")?;
     Ok(())
 }
 

@@ -52,7 +52,9 @@ fn entrypoint(host: &Host) -> Result<()> {
 
 test!(hostname, BUSYBOX);
 fn hostname(host: &Host) -> Result<()> {
-    shell(host, &["--hostname", "some-name"], "hostname; uname -n")?.ok()?.stdout_is("some-name\nsome-name\n")?;
+    shell(host, &["--hostname", "some-name"], "hostname; uname -n")?
+        .ok()?
+        .stdout_is("some-name\nsome-name\n")?;
     Ok(())
 }
 

@@ -43,7 +43,7 @@ fn upper_layers_hide_what_they_say(host: &Host) -> Result<()> {
 
 test!(redis_serves_and_exec_reaches_it, Needs::bulkhead().images(&["redis"]).deadline(120));
 fn redis_serves_and_exec_reaches_it(host: &Host) -> Result<()> {
-    host.bulkhead(["run", "-d", "--name", "store", "redis"])?.ok()?;
+    host.bulkhead(["run", "-d", "--name", "store", "redis:7"])?.ok()?;
     let cli = |words: &[&str]| host.bulkhead_program(["exec", "store", "redis-cli"]).args(words).run();
     host.eventually("redis answers", Duration::from_secs(30), || Ok(cli(&["ping"])?.stdout() == "PONG\n"))?;
     cli(&["set", "key", "value"])?.ok()?.stdout_is("OK\n")?;
@@ -64,7 +64,7 @@ fn redis_answers_a_client_in_the_same_container(host: &Host) -> Result<()> {
     let script = "redis-server --save '' --daemonize yes >/dev/null; \
         until redis-cli ping >/dev/null 2>&1; do sleep 0.1; done; \
         redis-cli incrby counter 41; redis-cli incr counter; redis-cli -r 50 lpush list x | tail -1; redis-cli shutdown";
-    host.bulkhead(["run", "--rm", "--entrypoint", "sh", "redis", "-c", script])?
+    host.bulkhead(["run", "--rm", "--entrypoint", "sh", "redis:7", "-c", script])?
         .ok()?
         .stdout_is("41\n42\n50\n")?;
     Ok(())

@@ -24,7 +24,8 @@ pub struct Host {
 impl Host {
     pub(crate) fn new() -> Result<Self> {
         let prefix = std::env::var_os(PREFIX_VARIABLE).map_or_else(|| PathBuf::from(PREFIX), PathBuf::from);
-        let work = tempfile::Builder::new().prefix("bulkhead-test-").tempdir()?;
+        // Short, because sockets are made below it.
+        let work = tempfile::Builder::new().prefix("t-").tempdir()?;
         Ok(Self { prefix, work })
     }
 
