@@ -1,0 +1,173 @@
+//! Tiny guests, written by hand, and the monitor that runs them.
+
+#![allow(dead_code)]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use tempfile::TempDir;
+
+/// Where the tiny guests' code is loaded and entered.
+pub const ENTRY: u32 = 0x20_0000;
+
+/// Machine code of 64-bit mode, put together piece by piece.
+#[derive(Default, Clone)]
+pub struct Guest(Vec<u8>);
+
+impl Guest {
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    pub fn raw(mut self, code: &[u8]) -> Self {
+        self.0.extend(code);
+        self
+    }
+
+    /// mov $value,%eax
+    pub fn eax(self, value: u32) -> Self {
+        self.raw(&[0xb8]).raw(&value.to_le_bytes())
+    }
+
+    /// mov $port,%edx
+    fn port(self, port: u16) -> Self {
+        self.raw(&[0xba]).raw(&u32::from(port).to_le_bytes())
+    }
+
+    /// out %al,(%dx)
+    pub fn out8(self, port: u16, value: u8) -> Self {
+        self.port(port).raw(&[0xb0, value, 0xee])
+    }
+
+    /// out %eax,(%dx) of what is in %eax
+    pub fn out32(self, port: u16) -> Self {
+        self.port(port).raw(&[0xef])
+    }
+
+    /// in (%dx),%al
+    pub fn in8(self, port: u16) -> Self {
+        self.port(port).raw(&[0xec])
+    }
+
+    /// mov address,%ebx; mov (%rbx),%eax
+    pub fn load(self, address: u32) -> Self {
+        self.raw(&[0xbb]).raw(&address.to_le_bytes()).raw(&[0x8b, 0x03])
+    }
+
+    /// mov address,%ebx; movl value,(%rbx)
+    pub fn store(self, address: u32, value: u32) -> Self {
+        self.raw(&[0xbb]).raw(&address.to_le_bytes()).raw(&[0xc7, 0x03]).raw(&value.to_le_bytes())
+    }
+
+    /// Maps the 2 MiB with the virtio windows, which the boot page tables leave out: PDPT entry 3 to a PD at 0xc000, and
+    /// there entry 128 to 0xd0000000, uncached.
+    pub fn map_devices(self) -> Self {
+        self.store(0xc000 + 128 * 8, 0xd000_0093).store(0xa000 + 3 * 8, 0xc003)
+    }
+
+    pub fn print(self, text: &str) -> Self {
+        text.bytes().fold(self, |guest, byte| guest.out8(0x3f8, byte))
+    }
+
+    pub fn mark(self, value: u8) -> Self {
+        self.out8(0xb40, value)
+    }
+
+    /// Ends with this status.
+    pub fn exit(self, status: u32) -> Self {
+        self.eax(status).exit_with_eax()
+    }
+
+    pub fn exit_with_eax(self) -> Self {
+        self.out32(0xb44).spin()
+    }
+
+    /// Ends as a kernel with reboot=k reboots.
+    pub fn reboot(self) -> Self {
+        self.out8(0x64, 0xfe).spin()
+    }
+
+    /// jmp .
+    pub fn spin(self) -> Self {
+        self.raw(&[0xeb, 0xfe])
+    }
+
+    /// An exception with no handlers: an empty interrupt table (it is loaded from the zeros at 0x3000), then ud2.
+    pub fn triple_fault(self) -> Self {
+        self.raw(&[0x0f, 0x01, 0x1c, 0x25, 0x00, 0x30, 0, 0]).raw(&[0x0f, 0x0b]).spin()
+    }
+
+    /// An ELF file of one segment.
+    pub fn elf(&self) -> Vec<u8> {
+        let mut elf = Vec::new();
+        elf.extend(b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0");
+        elf.extend(2_u16.to_le_bytes());
+        elf.extend(62_u16.to_le_bytes());
+        elf.extend(1_u32.to_le_bytes());
+        elf.extend(u64::from(ENTRY).to_le_bytes());
+        elf.extend(64_u64.to_le_bytes());
+        elf.extend(0_u64.to_le_bytes());
+        elf.extend(0_u32.to_le_bytes());
+        for half in [64_u16, 56, 1, 0, 0, 0] {
+            elf.extend(half.to_le_bytes());
+        }
+        elf.extend(1_u32.to_le_bytes());
+        elf.extend(7_u32.to_le_bytes());
+        let length = self.0.len() as u64;
+        for word in [4096, u64::from(ENTRY), u64::from(ENTRY), length, length + 4096, 4096] {
+            elf.extend(word.to_le_bytes());
+        }
+        elf.resize(4096, 0);
+        elf.extend(&self.0);
+        elf
+    }
+}
+
+/// A place for one test's files.
+pub struct Place(TempDir);
+
+impl Place {
+    pub fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    pub fn write(&self, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
+        let path = self.path(name);
+        fs::write(&path, content).unwrap();
+        path
+    }
+
+    /// The monitor, with this guest as its kernel and a report.
+    pub fn monitor(&self, guest: &Guest) -> Command {
+        let kernel = self.write("kernel", guest.elf());
+        let mut command = monitor();
+        command.arg("--kernel").arg(kernel).arg("--report").arg(self.path("report"));
+        command
+    }
+
+    pub fn report(&self) -> serde_json::Value {
+        serde_json::from_slice(&fs::read(self.path("report")).unwrap()).unwrap()
+    }
+}
+
+pub fn monitor() -> Command {
+    Command::new(env!("CARGO_BIN_EXE_bulkhead-vmm"))
+}
+
+pub fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// Whether guests can run here at all. Tests that need it say so when they are skipped.
+pub fn kvm() -> bool {
+    let there = Path::new("/dev/kvm").exists() && kvm_ioctls::Kvm::new().is_ok();
+    if !there {
+        eprintln!("SKIPPED: /dev/kvm cannot be opened here");
+    }
+    there
+}
