@@ -198,10 +198,10 @@ impl Agent {
             return;
         }
         let process = self.process_id(&hello.container, &hello.exec);
-        if let Err(error) = process.and_then(|process| self.attach(id, process, kind)) {
-            if let Some(stream) = self.streams.remove(&id) {
-                stream.reply(&error.message);
-            }
+        if let Err(error) = process.and_then(|process| self.attach(id, process, kind))
+            && let Some(stream) = self.streams.remove(&id)
+        {
+            stream.reply(&error.message);
         }
     }
 
@@ -315,5 +315,79 @@ impl Agent {
     fn streams_where(&self, wanted: impl Fn(u32) -> bool) -> Vec<u32> {
         let matching = self.streams.iter().filter(|(_, stream)| stream.process().is_some_and(&wanted));
         matching.map(|(&id, _)| id).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+
+    fn pair() -> (UnixStream, OwnedFd) {
+        let (theirs, ours) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        (theirs, ours.into())
+    }
+
+    proptest! {
+        #[test]
+        fn a_hello_in_pieces_is_read_to_its_last_byte_only(container in ".{0,200}", cut in any::<prop::sample::Index>(), rest in prop::collection::vec(any::<u8>(), 1..20)) {
+            let hello = StreamHello { container, kind: Kind::Stdin.into(), ..Default::default() };
+            let bytes = hello.encode_length_delimited_to_vec();
+            let (mut theirs, ours) = pair();
+            let mut seen = Vec::new();
+            let cut = cut.index(bytes.len());
+            theirs.write_all(&bytes[..cut]).unwrap();
+            prop_assert!(read_hello(&ours, &mut seen).unwrap().is_none());
+            theirs.write_all(&bytes[cut..]).unwrap();
+            theirs.write_all(&rest).unwrap();
+            prop_assert_eq!(read_hello(&ours, &mut seen).unwrap(), Some(hello));
+            let mut after = vec![0; 32];
+            let count = rustix::io::read(&ours, &mut after).unwrap();
+            prop_assert_eq!(&after[..count], rest.as_slice());
+        }
+
+        #[test]
+        fn noise_is_an_error_or_too_short(noise in prop::collection::vec(any::<u8>(), 0..64)) {
+            let (mut theirs, ours) = pair();
+            theirs.write_all(&noise).unwrap();
+            let _ = read_hello(&ours, &mut Vec::new());
+        }
+    }
+
+    #[test]
+    fn a_flow_stops_for_whoever_is_slow_and_loses_nothing() {
+        let (mut source, from) = pair();
+        let (sink, to) = pair();
+        let data: Vec<u8> = (0..3_000_000u32).map(|n| n as u8).collect();
+        let sent = data.clone();
+        let writer = std::thread::spawn(move || source.write_all(&sent).unwrap());
+        let mut flow = Flow::new();
+        // Nobody reads: the flow must come to rest with a bounded amount taken.
+        for _ in 0..50 {
+            flow.pump(from.as_fd(), to.as_fd(), false);
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        assert_eq!(flow.pump(from.as_fd(), to.as_fd(), false), Pace::Blocked);
+        let reader = std::thread::spawn(move || {
+            let mut all = Vec::new();
+            std::io::Read::read_to_end(&mut { sink }, &mut all).unwrap();
+            all
+        });
+        while flow.pump(from.as_fd(), to.as_fd(), false) != Pace::Ended {
+            std::thread::sleep(std::time::Duration::from_micros(100));
+        }
+        writer.join().unwrap();
+        drop(to);
+        assert!(reader.join().unwrap() == data);
+    }
+
+    #[test]
+    fn an_absurd_hello_is_refused() {
+        let (mut theirs, ours) = pair();
+        theirs.write_all(&[0xff, 0xff, 0x7f]).unwrap();
+        assert!(read_hello(&ours, &mut Vec::new()).unwrap_err().message.contains("over"));
     }
 }

@@ -1,6 +1,8 @@
 //! The whole agent against a real kernel: runs inside a small QEMU machine that `tests/run-in-guest` starts, because
 //! it mounts, makes cgroups and ends up as root of everything. Elsewhere every test here is ignored.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests; clippy knows only test functions themselves")]
+
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;

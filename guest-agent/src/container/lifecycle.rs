@@ -134,7 +134,8 @@ impl Agent {
             .ok_or_else(|| Error::precondition(format!("container {} is not running", request.container)))?;
         let asked = request.stdio.unwrap_or_default();
         let pidfd = init.pidfd.as_fd();
-        let fork = || fork_beside(pidfd, container.cgroup.fd());
+        let cgroup = container.cgroup.for_exec(init.pid)?;
+        let fork = || fork_beside(pidfd, cgroup.as_fd());
         let child = start_child(&process, &asked, container.seccomp.as_ref(), Some(pidfd), fork, |common| {
             child::exec(common, pidfd, &container.namespaces, container.oom_score_adj)
         })?;

@@ -2,6 +2,8 @@
 
 mod dispatch;
 mod guest;
+#[cfg(test)]
+mod tests;
 
 use std::os::fd::OwnedFd;
 

@@ -13,19 +13,19 @@ const CHARACTER: i32 = 2;
 
 /// What every container may use whatever its rules say: the devices that it is given, its terminals, and mknod of
 /// anything (of no use without the right to open).
-const ALWAYS: [(Option<i32>, Option<i32>, Option<i32>, i32); 12] = [
-    (Some(CHARACTER), None, None, MKNOD),
-    (Some(BLOCK), None, None, MKNOD),
-    (Some(CHARACTER), Some(1), Some(3), MKNOD | READ | WRITE),
-    (Some(CHARACTER), Some(1), Some(5), MKNOD | READ | WRITE),
-    (Some(CHARACTER), Some(1), Some(7), MKNOD | READ | WRITE),
-    (Some(CHARACTER), Some(1), Some(8), MKNOD | READ | WRITE),
-    (Some(CHARACTER), Some(1), Some(9), MKNOD | READ | WRITE),
-    (Some(CHARACTER), Some(5), Some(0), MKNOD | READ | WRITE),
-    (Some(CHARACTER), Some(5), Some(1), MKNOD | READ | WRITE),
-    (Some(CHARACTER), Some(5), Some(2), MKNOD | READ | WRITE),
-    (Some(CHARACTER), Some(136), None, MKNOD | READ | WRITE),
-    (Some(CHARACTER), Some(10), Some(200), MKNOD | READ | WRITE),
+const ALWAYS: [Rule; 12] = [
+    Rule { access: MKNOD, ..Rule::character(None, None) },
+    Rule { access: MKNOD, kind: Some(BLOCK), ..Rule::character(None, None) },
+    Rule::character(Some(1), Some(3)),
+    Rule::character(Some(1), Some(5)),
+    Rule::character(Some(1), Some(7)),
+    Rule::character(Some(1), Some(8)),
+    Rule::character(Some(1), Some(9)),
+    Rule::character(Some(5), Some(0)),
+    Rule::character(Some(5), Some(1)),
+    Rule::character(Some(5), Some(2)),
+    Rule::character(Some(136), None),
+    Rule::character(Some(10), Some(200)),
 ];
 
 /// One `struct bpf_insn`.
@@ -68,6 +68,10 @@ struct Rule {
 }
 
 impl Rule {
+    const fn character(major: Option<i32>, minor: Option<i32>) -> Self {
+        Self { allow: true, kind: Some(CHARACTER), major, minor, access: MKNOD | READ | WRITE }
+    }
+
     fn from_spec(rule: &DeviceRule) -> Result<Self> {
         let kind = match rule.kind.as_str() {
             "" | "a" => None,
@@ -127,8 +131,7 @@ fn program(rules: &[DeviceRule]) -> Result<Vec<Instruction>> {
         op(LOAD_WORD, MAJOR, 1, 4, 0),
         op(LOAD_WORD, MINOR, 1, 8, 0),
     ];
-    let allowed = ALWAYS.map(|(kind, major, minor, access)| Rule { allow: true, kind, major, minor, access });
-    code.extend(allowed.iter().flat_map(Rule::code));
+    code.extend(ALWAYS.iter().flat_map(Rule::code));
     for rule in rules.iter().rev() {
         let rule = Rule::from_spec(rule)?;
         code.extend(rule.code());
@@ -236,7 +239,9 @@ mod tests {
 
     fn model(rules: &[DeviceRule], kind: i32, access: i32, major: i32, minor: i32) -> bool {
         let any = |wanted: Option<i32>, is| wanted.is_none_or(|wanted| wanted == is);
-        if ALWAYS.iter().any(|a| any(a.0, kind) && any(a.1, major) && any(a.2, minor) && access & !a.3 == 0) {
+        if ALWAYS.iter().any(|a| {
+            any(a.kind, kind) && any(a.major, major) && any(a.minor, minor) && access & !a.access == 0
+        }) {
             return true;
         }
         let matches = |rule: &&DeviceRule| {
@@ -279,7 +284,12 @@ mod tests {
             access: "rw".into(),
         };
         let most = [deny.clone(), fuse.clone()];
-        for rules in [&[][..], &most, &[fuse.clone()], &[DeviceRule { access: "w".into(), ..fuse }, deny]] {
+        for rules in [
+            &[][..],
+            &most,
+            std::slice::from_ref(&fuse),
+            &[DeviceRule { access: "w".into(), ..fuse.clone() }, deny],
+        ] {
             match load(&program(rules).unwrap()) {
                 Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => return,
                 result => drop(result.unwrap()),

@@ -111,6 +111,26 @@ impl Cgroup {
         self.write("cgroup.kill", "1")
     }
 
+    /// Where a new process of the container goes: the group itself, or, when the container has groups of its own and
+    /// so may have no process beside them, that of its init.
+    ///
+    /// # Errors
+    /// The init has ended.
+    pub fn for_exec(&self, init: i32) -> Result<OwnedFd> {
+        let open = |path: &Path| rustix::fs::open(path, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
+        if self.read("cgroup.subtree_control").trim().is_empty() {
+            return open(&self.path).context(|| format!("open cgroup {}", self.path.display()));
+        }
+        let listed =
+            fs::read_to_string(format!("/proc/{init}/cgroup")).context(|| "find the init's cgroup")?;
+        let path = listed.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
+        let path = Path::new(ROOT).join(path);
+        if !path.starts_with(&self.path) {
+            return Err(Error::precondition("the container's init has left its cgroup"));
+        }
+        open(&path).context(|| format!("open cgroup {}", path.display()))
+    }
+
     /// Whether any process is alive in the group or below.
     pub fn is_populated(&self) -> bool {
         self.read("cgroup.events").lines().any(|line| line == "populated 1")
