@@ -74,6 +74,11 @@ impl Host {
         self.prefix.join("share/bulkhead/initramfs.cpio")
     }
 
+    /// The monitor's program under test.
+    pub fn monitor(&self) -> PathBuf {
+        self.prefix.join("bin/bulkhead-vmm")
+    }
+
     /// The archive of an image: `busybox`, `busybox-docker`, `python`, `redis`.
     pub fn image(&self, name: &str) -> PathBuf {
         self.tests_share().join("images").join(format!("{name}.tar"))
