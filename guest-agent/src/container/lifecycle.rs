@@ -83,6 +83,7 @@ impl Agent {
             oom_score_adj,
             oom_kills_seen: 0,
             deleting: None,
+            never_created: None,
         };
         self.containers.insert(id.clone(), container);
         Ok(())
@@ -256,14 +257,17 @@ impl Agent {
         let caller = process.caller.take();
         let (answered, is_init) = (caller.is_some(), process.exec.is_empty());
         let container = process.container.clone();
-        self.answer_maybe::<Empty>(caller, Err(error));
-        self.answer_waiters(id);
         if is_init && matches!(before, State::SettingUp) {
-            // It was never created: it goes as soon as its child has ended.
+            // It was never created. The caller hears of it when nothing is left and the id is free again.
             if let Some(container) = self.containers.get_mut(&container) {
                 container.deleting.get_or_insert_default();
+                container.never_created = caller.map(|caller| (caller, error));
             }
-        } else if !is_init && answered {
+            return;
+        }
+        self.answer_maybe::<Empty>(caller, Err(error));
+        self.answer_waiters(id);
+        if !is_init && answered {
             self.forget_exec(id);
         } else {
             self.drain_streams_of(id);
@@ -324,8 +328,15 @@ impl Agent {
             }
             let Some(mut container) = self.containers.remove(&id) else { continue };
             self.drop_streams_of(&id);
+            let own = self.processes.values().filter(|process| process.container == id);
+            for process in own.map(|process| process.id).collect::<Vec<_>>() {
+                self.answer_waiters(process);
+            }
             self.processes.retain(|_, process| process.container != id);
             let done = container.cgroup.remove().and(container.rootfs.unmount(&mut self.layers));
+            if let Some((caller, error)) = container.never_created {
+                self.answer::<Empty>(caller, Err(error));
+            }
             for ticket in container.deleting.unwrap_or_default() {
                 self.answer(ticket, done.clone().map(|()| Empty {}));
             }

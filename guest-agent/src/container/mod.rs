@@ -45,6 +45,8 @@ pub struct Container {
     oom_kills_seen: u64,
     /// It is to go; the delete calls that wait for its last process to end.
     deleting: Option<Vec<Ticket>>,
+    /// The create call to be told why there is no container.
+    never_created: Option<(Ticket, Error)>,
 }
 
 impl Container {

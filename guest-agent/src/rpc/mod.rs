@@ -109,7 +109,7 @@ impl Agent {
     }
 
     /// Sends an answer; to nobody, if the caller has gone.
-    pub fn answer(&mut self, ticket: Ticket, result: Result<impl Message>) {
+    pub fn answer<M: Message>(&mut self, ticket: Ticket, result: Result<M>) {
         let Some(connection) = self.connections.get_mut(&ticket.connection) else { return };
         let response = match result {
             Ok(message) => Response::ok(&message),
