@@ -6,6 +6,8 @@
 
 pub mod block;
 pub mod console;
+#[cfg(test)]
+mod driver;
 pub mod interrupt;
 pub mod mmio;
 pub mod queue;
