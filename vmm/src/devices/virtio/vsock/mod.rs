@@ -13,6 +13,8 @@ pub mod connection;
 mod device;
 mod handler;
 mod metrics;
+#[cfg(test)]
+mod model;
 mod muxer;
 mod packet;
 mod stream;
