@@ -1,0 +1,94 @@
+//! How long from exec to the first KVM_RUN, and how much memory of its own the monitor has dirtied by then.
+//!
+//! `cargo bench -p vmm`, with a guest of two instructions: it measures the monitor, on any /dev/kvm that opens.
+
+#[path = "../tests/common/mod.rs"]
+mod common;
+
+use std::fs;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::{Guest, Place, kvm};
+use vmm::control::Client;
+use vmm::timeline::{START_ENV, now_ns};
+
+const RUNS: usize = 50;
+const MEMORY_MIB: u32 = 128;
+
+fn main() {
+    if !kvm() {
+        return;
+    }
+    let place = Place::new();
+    let kernel = place.write("kernel", Guest::new().exit(0).elf());
+    let config = format!(
+        r#"{{"boot":{{"kernel":{kernel:?}}},"machine":{{"memory_mib":{MEMORY_MIB}}},"report":{:?},
+            "vsock":{{"socket":{:?}}}}}"#,
+        place.path("report"),
+        place.path("vsock")
+    );
+    let config = place.write("config", config);
+    let mut samples: Vec<(u64, Vec<(String, u64)>)> = (0..RUNS).map(|_| one_start(&place, &config)).collect();
+    samples.sort_by_key(|(total, _)| *total);
+    let (best, median, worst) = (&samples[0], &samples[RUNS / 2], &samples[RUNS - 1]);
+    println!("exec to first KVM_RUN, {MEMORY_MIB} MiB, vsock, rng, console; {RUNS} runs");
+    println!("  best {} µs, median {} µs, worst {} µs", best.0 / 1000, median.0 / 1000, worst.0 / 1000);
+    println!("  the best run, step by step:");
+    for (event, ns) in &best.1 {
+        println!("    {event:<14} {:>6} µs", ns / 1000);
+    }
+    println!("private dirty memory of the monitor, guest excluded: {} KiB", dirty_memory(&place));
+}
+
+/// Time from exec to the first entry into the guest, and the steps between in nanoseconds.
+fn one_start(place: &Place, config: &std::path::Path) -> (u64, Vec<(String, u64)>) {
+    let start = now_ns();
+    let status =
+        common::monitor().arg("--config").arg(config).env(START_ENV, start.to_string()).status().unwrap();
+    assert!(status.success(), "{status}");
+    let report = place.report();
+    let mut last = start;
+    let mut steps = Vec::new();
+    for event in report["timeline"].as_array().unwrap().iter().skip(1) {
+        let ns = event["ns"].as_u64().unwrap();
+        steps.push((event["event"].as_str().unwrap().to_owned(), ns - last));
+        last = ns;
+        if event["event"] == "first-run" {
+            break;
+        }
+    }
+    (last - start, steps)
+}
+
+/// Pages of its own of a monitor whose guest runs, in KiB, without the guest's memory: the one huge mapping.
+/// `Private_Dirty` would count the pages of a binary that was only just written to disk.
+fn dirty_memory(place: &Place) -> u64 {
+    let socket = place.path("control");
+    let mut child = place
+        .monitor(&Guest::new().spin())
+        .arg("--memory")
+        .arg(MEMORY_MIB.to_string())
+        .arg("--control")
+        .arg(&socket)
+        .spawn()
+        .unwrap();
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while !Client::connect(&socket).is_ok_and(|mut client| client.status().is_ok()) {
+        assert!(Instant::now() < deadline, "the monitor does not answer");
+        thread::sleep(Duration::from_millis(5));
+    }
+    let smaps = fs::read_to_string(format!("/proc/{}/smaps", child.id())).unwrap();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let (mut total, mut mapping_kib) = (0, 0);
+    for line in smaps.lines() {
+        let mut words = line.split_whitespace();
+        match (words.next(), words.next().and_then(|word| word.parse::<u64>().ok())) {
+            (Some("Size:"), Some(kib)) => mapping_kib = kib,
+            (Some("Anonymous:"), Some(kib)) if mapping_kib < u64::from(MEMORY_MIB) * 1024 => total += kib,
+            _ => {}
+        }
+    }
+    total
+}
