@@ -2,6 +2,8 @@
 //!
 //! `cargo bench -p vmm`, with a guest of two instructions: it measures the monitor, on any /dev/kvm that opens.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a benchmark that cannot go on panics
+
 #[path = "../tests/common/mod.rs"]
 mod common;
 

@@ -1,5 +1,7 @@
 //! What people get when something is wrong: the right words, the right status, and no machine.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a test that cannot go on panics
+
 mod common;
 
 use std::process::Command;

@@ -1,5 +1,7 @@
 //! The whole monitor, run with guests of a few instructions.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a test that cannot go on panics
+
 mod common;
 
 use std::os::unix::process::ExitStatusExt;
