@@ -26,7 +26,7 @@ test-system: all images
 
 bench: all images
 	$(call say,figures: virtual time beside runc and crun)
-	benches/run $(RELEASE)
+	benches/run
 
 check:
 	cargo fmt --all --check
