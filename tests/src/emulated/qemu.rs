@@ -149,6 +149,15 @@ impl Qemu {
         self.monitor.ask("cont", json!({})).map(drop)
     }
 
+    /// Makes the emulator look again whether an interrupt is pending.
+    ///
+    /// While several guests run, an interrupt of the host that becomes pending in a moment when it cannot be taken is
+    /// sometimes not looked at again until the guest leaves by itself, and a guest that spins never does: the whole
+    /// host stands still. Any question to the monitor stops the processor for a moment and has it look again.
+    pub fn nudge(&mut self) -> Result<()> {
+        self.monitor.ask("query-status", json!({})).map(drop)
+    }
+
     /// Saves the machine's state beside its memory in `dir` and ends it.
     pub fn save(&mut self, dir: &Path) -> Result<()> {
         self.monitor.ask("stop", json!({}))?;
