@@ -173,7 +173,7 @@ fn launch(mut plan: Plan, wire: Wire) -> Result<Launched> {
             drop(signals);
             // The caller's side of the socket: with it open here, the caller's death would go unnoticed.
             drop(wire);
-            become_supervisor(detach);
+            become_supervisor();
             plan.record.supervisor_pid = std::process::id();
             let code = supervise::run(plan);
             // Not the caller's exit handlers, and no destructor of anything it shares with us.
@@ -195,17 +195,15 @@ fn launch(mut plan: Plan, wire: Wire) -> Result<Launched> {
 }
 
 /// A session of its own: the terminal's Ctrl-C is the caller's business, its hang-up too.
-fn become_supervisor(detach: bool) {
+fn become_supervisor() {
     Signals::unblock();
     let _ = rustix::process::setsid();
     let _ = std::env::set_current_dir("/");
     let Ok(null) = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null") else { return };
-    // The relay has descriptors of its own for what is left of these.
+    // The relay has descriptors of its own for what it needs of these, and lets go of them when the caller does.
     let _ = rustix::stdio::dup2_stdin(&null);
     let _ = rustix::stdio::dup2_stdout(&null);
-    if detach {
-        let _ = rustix::stdio::dup2_stderr(&null);
-    }
+    let _ = rustix::stdio::dup2_stderr(&null);
 }
 
 /// So many signals that would end a program mean it.

@@ -3,10 +3,11 @@
 use std::env;
 use std::path::{Path, PathBuf};
 
+use crate::state::RUN_ID;
 use crate::{Error, Result};
 
-/// Longest path of a unix socket is 108 bytes (`unix(7)`); this much of it is ours: `/run/` + 64 + `/vsock_1024`.
-const MAX_RUN_DIR: usize = 107 - "/".len() - 64 - "/vsock_1024".len();
+/// The path of a unix socket has at most 107 bytes (`unix(7)`), of which a sandbox's own part takes some.
+const MAX_RUN_DIR: usize = 107 - "/".len() - RUN_ID - "/vsock_1024".len();
 
 /// The directories of one installation.
 #[derive(Clone, Debug)]

@@ -100,24 +100,41 @@ pub(crate) struct Relay {
 
 struct Shared {
     log: Mutex<Option<logs::Writer>>,
-    /// Nobody listens on the host any more: go on draining the guest, for the log.
+    /// The host's output and error. Taken away when nobody listens any more: the guest is still drained, for the log,
+    /// and who reads the other end sees its end at once.
+    ends: Mutex<[Option<Arc<OwnedFd>>; 2]>,
     released: AtomicBool,
+}
+
+impl Shared {
+    fn end(&self, stream: Stream) -> Option<Arc<OwnedFd>> {
+        let ends = self.ends.lock().unwrap_or_else(PoisonError::into_inner);
+        ends.get(stream as usize).cloned().flatten()
+    }
+
+    fn close(&self, stream: Stream) {
+        if let Some(end) = self.ends.lock().unwrap_or_else(PoisonError::into_inner).get_mut(stream as usize) {
+            *end = None;
+        }
+    }
 }
 
 impl Relay {
     /// Starts the threads.
     pub(crate) fn start(streams: Streams, ends: Ends) -> Result<Self> {
         let what = || "cannot start relaying a container's streams".to_owned();
-        let shared = Arc::new(Shared { log: Mutex::new(ends.log), released: AtomicBool::new(false) });
+        let shared = Arc::new(Shared {
+            log: Mutex::new(ends.log),
+            ends: Mutex::new([ends.output.map(Arc::new), ends.error.map(Arc::new)]),
+            released: AtomicBool::new(false),
+        });
         let (detached, detacher) = UnixStream::pair().context(what)?;
         let (stop_input, stopped) = UnixStream::pair().context(what)?;
         let mut outputs = Vec::new();
-        for (stream, end, kind) in
-            [(streams.stdout, ends.output, Stream::Stdout), (streams.stderr, ends.error, Stream::Stderr)]
-        {
+        for (stream, kind) in [(streams.stdout, Stream::Stdout), (streams.stderr, Stream::Stderr)] {
             let Some(stream) = stream else { continue };
             let shared = Arc::clone(&shared);
-            outputs.push(spawn("output", move || pump_output(stream, end, kind, &shared)).context(what)?);
+            outputs.push(spawn("output", move || pump_output(stream, kind, &shared)).context(what)?);
         }
         if let Some(stream) = streams.stdin {
             match ends.input {
@@ -137,6 +154,8 @@ impl Relay {
     /// Stops reading the host's input and writing to its outputs; the log goes on.
     pub(crate) fn release(&self) {
         self.shared.released.store(true, Ordering::Relaxed);
+        self.shared.close(Stream::Stdout);
+        self.shared.close(Stream::Stderr);
         let _ = self.stop_input.shutdown(Shutdown::Both);
     }
 
@@ -153,21 +172,18 @@ fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> std::io::Result<Jo
     thread::Builder::new().name(name.into()).stack_size(STACK).spawn(body)
 }
 
-fn pump_output(mut stream: UnixStream, mut end: Option<OwnedFd>, kind: Stream, shared: &Shared) {
+fn pump_output(mut stream: UnixStream, kind: Stream, shared: &Shared) {
     let mut buffer = vec![0; BUFFER];
     while let Ok(read @ 1..) = stream.read(&mut buffer) {
         let bytes = buffer.get(..read).unwrap_or_default();
         if let Some(log) = shared.log.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
             log.write(kind, bytes);
         }
-        if shared.released.load(Ordering::Relaxed) {
-            end = None;
-        }
-        if let Some(fd) = &end
-            && write_all(fd, bytes, shared).is_err()
+        if let Some(fd) = shared.end(kind)
+            && write_all(&fd, bytes, shared).is_err()
         {
             // The reader has gone, as in `… | head`: the container goes on, as under docker.
-            end = None;
+            shared.close(kind);
         }
     }
 }
@@ -281,6 +297,16 @@ mod tests {
         echo.join().unwrap();
         relay.finish();
         assert!(reader.join().unwrap() == expected);
+    }
+
+    #[test]
+    fn a_released_output_ends_at_once_for_who_reads_it() {
+        let (_guest, stream) = UnixStream::pair().unwrap();
+        let (mut seen, output) = pipe();
+        let streams = Streams { stdin: None, stdout: Some(stream), stderr: None };
+        let relay = Relay::start(streams, Ends { output: Some(output.into()), ..Ends::default() }).unwrap();
+        relay.release();
+        assert_eq!(seen.read(&mut [0]).unwrap(), 0);
     }
 
     #[test]

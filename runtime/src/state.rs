@@ -106,6 +106,9 @@ pub fn now_ns() -> u64 {
         .unwrap_or(0)
 }
 
+/// Digits of an id in the paths of sockets, which the kernel limits to 107 bytes: 64 bits tell sandboxes apart.
+pub(crate) const RUN_ID: usize = 16;
+
 /// The files of one container.
 #[derive(Clone, Debug)]
 pub struct Files {
@@ -119,7 +122,7 @@ impl Files {
     /// The files of container `id`, whether they exist or not.
     #[must_use]
     pub fn new(layout: &Layout, id: &str) -> Self {
-        Self { dir: layout.containers().join(id), run: layout.run.join(id) }
+        Self { dir: layout.containers().join(id), run: layout.run.join(id.get(..RUN_ID).unwrap_or(id)) }
     }
     /// The record.
     #[must_use]
