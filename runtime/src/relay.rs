@@ -182,8 +182,12 @@ fn pump_output(mut stream: UnixStream, kind: Stream, shared: &Shared) {
         if let Some(fd) = shared.end(kind)
             && write_all(&fd, bytes, shared).is_err()
         {
-            // The reader has gone, as in `… | head`: the container goes on, as under docker.
+            // The reader has gone, as in `… | head`: so does the guest's, and the writer learns it by SIGPIPE. A caller
+            // that has detached wants the log instead.
             shared.close(kind);
+            if !shared.released.load(Ordering::Relaxed) {
+                return;
+            }
         }
     }
 }
