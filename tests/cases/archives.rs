@@ -171,18 +171,22 @@ fn pull_from_a_registry(host: &Host) -> Result<()> {
     let listens = || Ok(TcpStream::connect("127.0.0.1:5000").is_ok());
     host.eventually("the registry listens", Duration::from_secs(20), listens)?;
     let reference = "127.0.0.1:5000/test/busybox:v1";
-    host.bulkhead(["--root", &root, "image", "pull", "-q", reference])?.ok()?.stdout_has("sha256:")?;
+    let without = host.bulkhead(["--root", &root, "image", "pull", reference])?.failed()?;
+    without.stderr_has("ca-certificates")?;
+    let authority = host.file("authority.pem", include_str!("data/authority.pem"))?;
+    let pull = |name: &str| {
+        host.bulkhead_program(["--root", &root, "image", "pull", "-q", name])
+            .env("SSL_CERT_FILE", &authority)
+            .run()
+    };
+    pull(reference)?.ok()?.stdout_has("sha256:")?;
     host.bulkhead(["--root", &root, "run", "--rm", reference, "echo", "pulled"])?
         .ok()?
         .stdout_is("pulled\n")?;
-    host.bulkhead(["--root", &root, "image", "pull", "127.0.0.1:5000/test/nothing:v1"])?
-        .failed()?
-        .stderr_has("nothing")?;
+    pull("127.0.0.1:5000/test/nothing:v1")?.failed()?.stderr_has("nothing")?;
     registry.signal(rustix::process::Signal::TERM)?;
     registry.wait()?;
-    host.bulkhead(["--root", &root, "image", "pull", "127.0.0.1:5000/test/busybox:v2"])?
-        .failed()?
-        .stderr_has("refused")?;
+    pull("127.0.0.1:5000/test/busybox:v2")?.failed()?.stderr_has("refused")?;
     Ok(())
 }
 

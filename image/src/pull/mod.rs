@@ -80,6 +80,20 @@ pub(crate) fn pull(
     result
 }
 
+/// Where systems keep the certificate authorities they trust.
+fn authorities() -> impl Iterator<Item = PathBuf> {
+    let named = ["SSL_CERT_FILE", "SSL_CERT_DIR"].into_iter().filter_map(std::env::var_os).map(PathBuf::from);
+    let usual = [
+        "/etc/ssl/certs/ca-certificates.crt",
+        "/etc/pki/tls/certs/ca-bundle.crt",
+        "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem",
+        "/etc/ssl/ca-bundle.pem",
+        "/etc/ssl/cert.pem",
+        "/var/lib/ca-certificates/ca-bundle.pem",
+    ];
+    named.chain(usual.map(PathBuf::from))
+}
+
 impl Remote {
     fn new(reference: Reference, options: &PullOptions) -> Result<Self> {
         // An error means that it was installed before.
@@ -87,14 +101,22 @@ impl Remote {
         let plain_http = options.plain_http || is_local(reference.domain());
         let config = ClientConfig {
             protocol: if plain_http { ClientProtocol::Http } else { ClientProtocol::Https },
-            // Plain HTTP has no certificate to check, and must work on a machine that has no list of authorities. A
-            // redirection to HTTPS gains an attacker nothing: who can forge that could forge the redirection.
-            accept_invalid_certificates: options.insecure || plain_http,
+            accept_invalid_certificates: options.insecure,
             connect_timeout: Some(std::time::Duration::from_secs(15)),
             read_timeout: Some(std::time::Duration::from_secs(60)),
             user_agent: concat!("bulkhead/", env!("CARGO_PKG_VERSION")),
             ..ClientConfig::default()
         };
+        if !authorities().any(|path| path.exists()) {
+            // The client library would panic.
+            return Err(Error::Registry {
+                action: "prepare to pull",
+                reference: reference.to_string(),
+                why: "this machine has no list of certificate authorities; install the package ca-certificates, or \
+                      set SSL_CERT_FILE"
+                    .into(),
+            });
+        }
         let auth = match auth::credentials(&reference, options)? {
             Some((user, password)) => RegistryAuth::Basic(user, password),
             None => RegistryAuth::Anonymous,
