@@ -121,7 +121,7 @@ impl Test {
 
 /// Registers a function as a test.
 ///
-/// ```ignore
+/// ```text
 /// test!(uname_differs, Needs::bulkhead().images(&["busybox"]));
 /// fn uname_differs(host: &Host) -> Result<()> { … }
 /// ```

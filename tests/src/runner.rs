@@ -3,8 +3,8 @@
 use std::io::{Write, stdout};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -17,6 +17,8 @@ use crate::{inside, workspace};
 
 /// Emulated hosts at once: they share the build machines' two cores.
 const AT_ONCE: usize = 2;
+/// So many tests are named with their time at the end.
+const SLOWEST: usize = 12;
 
 /// Where tests run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,6 +57,8 @@ pub struct Runner {
     product: Once<State>,
     installed: Once<PathBuf>,
     show: bool,
+    /// Real time that each test took, with its stalls.
+    took: Mutex<Vec<(Duration, String)>>,
 }
 
 fn once<T: Clone>(cell: &Once<T>, make: impl FnOnce() -> Result<T>) -> Result<T> {
@@ -64,7 +68,14 @@ fn once<T: Clone>(cell: &Once<T>, make: impl FnOnce() -> Result<T>) -> Result<T>
 impl Runner {
     fn new(show: bool) -> Result<Self> {
         let place = Place::choose()?;
-        Ok(Self { place, bare: Once::new(), product: Once::new(), installed: Once::new(), show })
+        Ok(Self {
+            place,
+            bare: Once::new(),
+            product: Once::new(),
+            installed: Once::new(),
+            show,
+            took: Mutex::default(),
+        })
     }
 
     /// The emulated host with this program in it, and what is under test if `product`.
@@ -143,6 +154,28 @@ impl Runner {
     }
 
     fn run(&self, test: &Test) -> Result<(), Failed> {
+        let start = Instant::now();
+        let result = self.run_watched(test);
+        if let Ok(mut took) = self.took.lock() {
+            took.push((start.elapsed(), test.name()));
+        }
+        result
+    }
+
+    /// Says where the time of a run of many tests went: what a suite that gets slow needs first.
+    fn print_slowest(&self) {
+        let Ok(mut took) = self.took.lock() else { return };
+        if took.len() <= SLOWEST {
+            return;
+        }
+        took.sort_by(|a, b| b.cmp(a));
+        println!("slowest, in real time:");
+        for (time, name) in took.iter().take(SLOWEST) {
+            println!("  {:6.1} s  {name}", time.as_secs_f64());
+        }
+    }
+
+    fn run_watched(&self, test: &Test) -> Result<(), Failed> {
         if let Body::Outside(body) = test.body {
             return body(self).map_err(|error| Failed::from(format!("{error:#}")));
         }
@@ -152,14 +185,7 @@ impl Runner {
             return if passed { Ok(()) } else { Err(Failed::from("see its output above")) };
         }
         let mut output = Vec::new();
-        let mut result = self.run_inside(test, &mut output);
-        if self.place == Place::Emulated && stalled(&result, &output) {
-            // An emulator's guests sometimes spin in early boot when several start at once (tests/README.md): once
-            // more, and not in silence.
-            println!("{}: STALLED in the emulated host, trying once more", test.name());
-            output.clear();
-            result = self.run_inside(test, &mut output);
-        }
+        let result = self.run_inside(test, &mut output);
         let text = String::from_utf8_lossy(&output).into_owned();
         match result {
             Ok(true) => {
@@ -171,16 +197,6 @@ impl Runner {
             Ok(false) => Err(Failed::from(text)),
             Err(error) => Err(Failed::from(format!("{text}\n{error:#}"))),
         }
-    }
-}
-
-/// Whether a test ran out of time, rather than finding something wrong.
-fn stalled(result: &Result<bool>, output: &[u8]) -> bool {
-    let text = String::from_utf8_lossy(output);
-    match result {
-        Ok(true) => false,
-        Ok(false) => text.contains("deadline: not done after"),
-        Err(_) => true,
     }
 }
 
@@ -238,5 +254,6 @@ fn outside() -> i32 {
         })
         .collect();
     let conclusion = libtest_mimic::run(&arguments, trials);
+    runner.print_slowest();
     if conclusion.has_failed() { 101 } else { 0 }
 }

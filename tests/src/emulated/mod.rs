@@ -24,9 +24,6 @@ use crate::workspace;
 /// So many emulated hosts run at once on this machine, over all processes: one per core of the build machines.
 const AT_ONCE: usize = 2;
 
-/// How often the emulator is made to look again for interrupts; see [`Qemu::nudge`].
-const NUDGE: Duration = Duration::from_millis(20);
-
 /// What a saved state is made of; see [`State::booted`] and [`State::staged`].
 #[derive(Debug, Clone)]
 pub struct State {
@@ -171,15 +168,8 @@ impl Running {
         wanted: impl Fn(&Event) -> Option<T>,
     ) -> Result<T> {
         let end = Instant::now() + patience;
-        let mut next_nudge = Instant::now() + NUDGE;
         loop {
-            if Instant::now() >= next_nudge {
-                // It may just have ended: then the events end too, and say so.
-                let _ = self.qemu.nudge();
-                next_nudge = Instant::now() + NUDGE;
-            }
-            match self.events.recv_timeout(next_nudge.saturating_duration_since(Instant::now())) {
-                Err(RecvTimeoutError::Timeout) if Instant::now() < end => {}
+            match self.events.recv_timeout(end.saturating_duration_since(Instant::now())) {
                 Ok(Event::Output(bytes)) => {
                     output.write_all(&bytes)?;
                     output.flush()?;

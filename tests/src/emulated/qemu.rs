@@ -36,6 +36,9 @@ const MACHINE: &[&str] = &[
 /// `no_timer_check` and the rest spare instructions; the log goes to the second serial port.
 const KERNEL_COMMAND_LINE: &str = "console=ttyS1 panic=-1 mitigations=off no_timer_check nowatchdog quiet";
 
+/// When set: the path of a socket on which QEMU's own monitor (HMP) listens, to look into a host that stands still.
+const DEBUG_VARIABLE: &str = "BULKHEAD_TEST_QEMU_MONITOR";
+
 /// How the host's clock moves while it is idle.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Clock {
@@ -109,6 +112,9 @@ impl Qemu {
         command.args(["-chardev", "stdio,id=commands,signal=off", "-serial", "chardev:commands"]);
         command.args(["-serial", &format!("file:{}", work.path().join("console").display())]);
         command.args(["-qmp", &format!("unix:{},server=on,wait=off", socket.display()), "-S"]);
+        if let Some(socket) = std::env::var_os(DEBUG_VARIABLE) {
+            command.args(["-monitor", &format!("unix:{},server=on,wait=off", socket.display())]);
+        }
         // A comma in the path would end it.
         let share = share.replace(',', ",,");
         command.args(["-fsdev", &format!("local,id=host,path={share},security_model=none,multidevs=remap")]);
@@ -147,15 +153,6 @@ impl Qemu {
             }
         }
         self.monitor.ask("cont", json!({})).map(drop)
-    }
-
-    /// Makes the emulator look again whether an interrupt is pending.
-    ///
-    /// While several guests run, an interrupt of the host that becomes pending in a moment when it cannot be taken is
-    /// sometimes not looked at again until the guest leaves by itself, and a guest that spins never does: the whole
-    /// host stands still. Any question to the monitor stops the processor for a moment and has it look again.
-    pub fn nudge(&mut self) -> Result<()> {
-        self.monitor.ask("query-status", json!({})).map(drop)
     }
 
     /// Saves the machine's state beside its memory in `dir` and ends it.

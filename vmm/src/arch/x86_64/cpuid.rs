@@ -7,7 +7,10 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd};
 use crate::error::{Error, Result};
 
 const KVM_BASE: u32 = 0x4000_0000;
+const KVM_FEATURES: u32 = 0x4000_0001;
 const KVM_TIMING: u32 = 0x4000_0010;
+/// The guest may tell the end of an interrupt by a bit in memory, without an exit.
+const FEATURES_PV_EOI: u32 = 1 << 6;
 /// KVM's local APIC counts in nanoseconds.
 const APIC_BUS_KHZ: u32 = 1_000_000;
 
@@ -31,7 +34,8 @@ pub fn supported(kvm: &Kvm) -> Result<CpuId> {
 pub fn set(kvm: &Kvm, vcpu: &VcpuFd, supported: &CpuId, id: u8, count: u8) -> Result<()> {
     let tsc_khz = vcpu.get_tsc_khz().unwrap_or(0);
     let deadline = kvm.check_extension(Cap::TscDeadlineTimer);
-    let entries = specialise(supported.as_slice(), Vcpu { id, count, tsc_khz, deadline });
+    let pv_eoi = !host_is_emulated();
+    let entries = specialise(supported.as_slice(), Vcpu { id, count, tsc_khz, deadline, pv_eoi });
     let cpuid =
         CpuId::from_entries(&entries).map_err(|_| Error::KvmLacks("room for the processor features"))?;
     vcpu.set_cpuid2(&cpuid).map_err(Error::kvm("set a vCPU's features"))
@@ -43,6 +47,18 @@ pub fn extended_states(supported: &CpuId) -> u64 {
     leaf.map_or(0, |leaf| u64::from(leaf.edx) << 32 | u64::from(leaf.eax))
 }
 
+/// Whether this host is itself a machine that QEMU emulates without KVM.
+///
+/// There the guest must tell the end of every interrupt by an exit. QEMU's `vmrun` leaves an injected interrupt noted
+/// as a pending exception until the guest's next exit, and when its instruction budget ends before that, it delivers
+/// the interrupt a second time, whatever the guest's interrupt flag says: a guest then waits for ever for a lock that
+/// the interrupted code holds (seen in QEMU 7.2 and 11.1; docs/decisions/0008).
+fn host_is_emulated() -> bool {
+    let leaf = core::arch::x86_64::__cpuid(KVM_BASE);
+    [leaf.ebx, leaf.ecx, leaf.edx]
+        == [u32::from_le_bytes(*b"TCGT"), u32::from_le_bytes(*b"CGTC"), u32::from_le_bytes(*b"GTCG")]
+}
+
 /// What makes one vCPU's identification differ from the host's.
 #[derive(Debug, Clone, Copy)]
 struct Vcpu {
@@ -50,6 +66,7 @@ struct Vcpu {
     count: u8,
     tsc_khz: u32,
     deadline: bool,
+    pv_eoi: bool,
 }
 
 fn specialise(supported: &[kvm_cpuid_entry2], vcpu: Vcpu) -> Vec<kvm_cpuid_entry2> {
@@ -85,6 +102,7 @@ fn specialise(supported: &[kvm_cpuid_entry2], vcpu: Vcpu) -> Vec<kvm_cpuid_entry
             }
             // No performance counters: probing them costs the guest's boot dozens of exits.
             0xa => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
+            KVM_FEATURES if !vcpu.pv_eoi => entry.eax &= !FEATURES_PV_EOI,
             KVM_BASE => entry.eax = entry.eax.max(KVM_TIMING),
             0x8000_0008 => entry.ecx = (entry.ecx & !0xf0ff) | (id_bits << 12) | (count - 1),
             _ => {}
@@ -134,6 +152,7 @@ mod tests {
             entry(0xa, 7, 7),
             entry(0xb, 9, 9),
             entry(KVM_BASE, KVM_BASE + 1, 0),
+            entry(KVM_FEATURES, u32::MAX, 0),
             entry(0x8000_0008, 48, 0),
         ]
     }
@@ -145,7 +164,8 @@ mod tests {
     #[test]
     fn every_vcpu_has_its_own_apic_id_and_the_whole_topology() {
         for (id, count, bits) in [(0, 1, 0), (1, 2, 1), (2, 3, 2), (31, 32, 5)] {
-            let entries = specialise(&host(), Vcpu { id, count, tsc_khz: 2_000_000, deadline: true });
+            let entries =
+                specialise(&host(), Vcpu { id, count, tsc_khz: 2_000_000, deadline: true, pv_eoi: true });
             let one = find(&entries, 1, 0);
             assert_eq!(one.ebx >> 24, u32::from(id));
             assert_eq!(one.ebx & 0xffff, 0x5678);
@@ -161,12 +181,20 @@ mod tests {
 
     #[test]
     fn the_guest_is_told_its_clocks() {
-        let vcpu = Vcpu { id: 0, count: 1, tsc_khz: 2_000_000, deadline: false };
+        let vcpu = Vcpu { id: 0, count: 1, tsc_khz: 2_000_000, deadline: false, pv_eoi: true };
         let entries = specialise(&host(), vcpu);
         assert_eq!(find(&entries, KVM_TIMING, 0).eax, 2_000_000);
         assert!(find(&entries, KVM_BASE, 0).eax >= KVM_TIMING);
         assert_eq!(find(&entries, 1, 0).ecx & LEAF1_ECX_TSC_DEADLINE, 0);
         let entries = specialise(&host(), Vcpu { tsc_khz: 0, ..vcpu });
         assert!(entries.iter().all(|entry| entry.function != KVM_TIMING));
+    }
+
+    #[test]
+    fn an_emulated_host_gets_no_paravirtual_end_of_interrupt() {
+        let vcpu = Vcpu { id: 0, count: 1, tsc_khz: 0, deadline: true, pv_eoi: true };
+        assert_eq!(find(&specialise(&host(), vcpu), KVM_FEATURES, 0).eax, u32::MAX);
+        let entries = specialise(&host(), Vcpu { pv_eoi: false, ..vcpu });
+        assert_eq!(find(&entries, KVM_FEATURES, 0).eax, !FEATURES_PV_EOI);
     }
 }
