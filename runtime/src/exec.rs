@@ -72,20 +72,13 @@ pub fn exec(layout: &Layout, record: &Record, image: &Image, options: &ExecOptio
         process: process.to_string(),
         stdio: Some(stdio),
     };
-    let call = agent.send("ExecProcess", &request).context(|| "cannot start the process".into())?;
+    // Answered when it has been made; it starts when its streams are connected, or at once if it has none. Connecting
+    // them before the answer would spare a round trip, but different connections reach the agent in any order.
+    let _: ExecProcessResponse = agent.call("ExecProcess", &request).map_err(cannot_start)?;
     if options.detach {
-        let _: ExecProcessResponse = agent.receive("ExecProcess", call).map_err(cannot_start)?;
         return Ok(0);
     }
-    // The process starts when its streams are connected, or is refused before that.
-    let streams = match Streams::connect(&guest, &container, &exec, &stdio, options.tty) {
-        Ok(streams) => streams,
-        Err(error) => {
-            agent.receive::<ExecProcessResponse>("ExecProcess", call).map_err(cannot_start)?;
-            return Err(error);
-        }
-    };
-    let _: ExecProcessResponse = agent.receive("ExecProcess", call).map_err(cannot_start)?;
+    let streams = Streams::connect(&guest, &container, &exec, &stdio, options.tty)?;
     let mut ends = Ends::own(options.interactive)?;
     ends.detach_keys = options.tty.then_some(keys);
     let raw = if options.tty && options.interactive { Raw::enter()? } else { None };

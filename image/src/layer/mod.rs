@@ -49,7 +49,7 @@ impl Default for Limits {
     }
 }
 
-/// Why an archive was not converted; [`Fault::of_layer`] adds which one.
+/// Why an archive was not converted; `Fault::of_layer` adds which one.
 #[derive(Debug, thiserror::Error)]
 pub enum Fault {
     /// The archive cannot be read: truncated, or its compression is damaged.

@@ -36,9 +36,6 @@ const MACHINE: &[&str] = &[
 /// `no_timer_check` and the rest spare instructions; the log goes to the second serial port.
 const KERNEL_COMMAND_LINE: &str = "console=ttyS1 panic=-1 mitigations=off no_timer_check nowatchdog quiet";
 
-/// When set: the path of a socket on which QEMU's own monitor (HMP) listens, to look into a host that stands still.
-const DEBUG_VARIABLE: &str = "BULKHEAD_TEST_QEMU_MONITOR";
-
 /// How the host's clock moves while it is idle.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Clock {
@@ -112,9 +109,8 @@ impl Qemu {
         command.args(["-chardev", "stdio,id=commands,signal=off", "-serial", "chardev:commands"]);
         command.args(["-serial", &format!("file:{}", work.path().join("console").display())]);
         command.args(["-qmp", &format!("unix:{},server=on,wait=off", socket.display()), "-S"]);
-        if let Some(socket) = std::env::var_os(DEBUG_VARIABLE) {
-            command.args(["-monitor", &format!("unix:{},server=on,wait=off", socket.display())]);
-        }
+        // For a person who looks into a host that stands still: socat - unix-connect:/tmp/emulated-host-…/hmp
+        command.args(["-monitor", &format!("unix:{},server=on,wait=off", work.path().join("hmp").display())]);
         // A comma in the path would end it.
         let share = share.replace(',', ",,");
         command.args(["-fsdev", &format!("local,id=host,path={share},security_model=none,multidevs=remap")]);
