@@ -16,6 +16,7 @@ use serde_json::Value;
 use crate::BUSYBOX;
 
 const ROUNDS: usize = 5;
+const REST: Duration = Duration::from_millis(300);
 
 /// From the start of a command to its first output, and to its end. The middle one of several rounds each.
 struct Times {
@@ -29,11 +30,14 @@ fn measure(mut program: impl FnMut(&str, usize) -> Program) -> Result<Times> {
     let mut first_output = Vec::new();
     let mut end = Vec::new();
     for round in 0..ROUNDS {
+        // What the one before still tidies up in the background is not this one's time.
+        std::thread::sleep(REST);
         let start = Instant::now();
         let running = program("echo", 2 * ROUNDS + round).spawn()?;
         running.wait_for("x", Duration::from_secs(20))?;
         first_output.push(start.elapsed());
         running.wait()?.ok()?;
+        std::thread::sleep(REST);
         end.push(program("true", ROUNDS + 1 + round).run()?.ok()?.took);
     }
     first_output.sort();
@@ -102,6 +106,7 @@ fn start_beside_runc_and_crun(host: &Host) -> Result<()> {
     }
 
     let trace = host.work().join("timeline.json");
+    std::thread::sleep(REST);
     host.bulkhead_program(["run", "--rm", "busybox", "true"]).env("BULKHEAD_TRACE", &trace).run()?.ok()?;
     println!("\n| step of `bulkhead run --rm busybox true` | done after, ms | took, ms |\n|---|---|---|");
     let mut before = 0.0;

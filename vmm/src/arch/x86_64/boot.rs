@@ -41,17 +41,17 @@ struct SeedData {
 // SAFETY: plain old data without padding (packed), valid for any bit pattern.
 unsafe impl ByteValued for SeedData {}
 
-/// Loads everything that `boot` names and writes the boot tables. Returns the kernel's entry point.
+/// Kernel and initramfs in guest memory, and what the boot parameters say of them.
+pub struct Loaded {
+    entry: u64,
+    params: boot_params,
+}
+
+/// Loads the files that `boot` names. It needs no virtual machine: it can be done while one is made.
 ///
 /// # Errors
 /// When a file is missing or wrong, or memory is too small.
-pub fn load(
-    memory: &GuestMemory,
-    bytes: u64,
-    vcpus: u8,
-    boot: &BootConfig,
-    cmdline: &Cmdline,
-) -> Result<u64> {
+pub fn load(memory: &GuestMemory, bytes: u64, boot: &BootConfig) -> Result<Loaded> {
     let mut kernel = Kernel::open(&boot.kernel)?;
     let initramfs = boot.initramfs.as_deref().map(open_initramfs).transpose()?;
     let initramfs_length = initramfs.as_ref().map_or(0, |(_, length)| *length);
@@ -86,20 +86,28 @@ pub fn load(
         params.hdr.ramdisk_image = address as u32;
         params.hdr.ramdisk_size = *length as u32;
     }
+    Ok(Loaded { entry, params })
+}
 
-    write_cmdline(memory, cmdline)?;
-    params.hdr.cmd_line_ptr = layout::CMDLINE as u32;
-    params.hdr.cmdline_size = layout::CMDLINE_MAX as u32 - 1;
-    write_seed(memory)?;
-    params.hdr.setup_data = layout::RNG_SEED;
-    write_memory_map(&mut params, bytes);
-    memory
-        .write_obj(params, GuestAddress(layout::ZERO_PAGE))
-        .map_err(Error::guest_memory("boot parameters"))?;
-
-    mptable::write(memory, vcpus)?;
-    regs::write_tables(memory)?;
-    Ok(entry)
+impl Loaded {
+    /// Writes the command line and the boot tables. Returns the kernel's entry point.
+    ///
+    /// # Errors
+    /// When they do not fit, or the host gives no random bytes.
+    pub fn finish(mut self, memory: &GuestMemory, bytes: u64, vcpus: u8, cmdline: &Cmdline) -> Result<u64> {
+        write_cmdline(memory, cmdline)?;
+        self.params.hdr.cmd_line_ptr = layout::CMDLINE as u32;
+        self.params.hdr.cmdline_size = layout::CMDLINE_MAX as u32 - 1;
+        write_seed(memory)?;
+        self.params.hdr.setup_data = layout::RNG_SEED;
+        write_memory_map(&mut self.params, bytes);
+        memory
+            .write_obj(self.params, GuestAddress(layout::ZERO_PAGE))
+            .map_err(Error::guest_memory("boot parameters"))?;
+        mptable::write(memory, vcpus)?;
+        regs::write_tables(memory)?;
+        Ok(self.entry)
+    }
 }
 
 /// Copying 13 MiB of kernel takes 17 ms in the emulated host (2 ns per instruction), mapping it 0.5 ms; but then the boot
