@@ -254,9 +254,9 @@ pub(crate) fn container(options: &RunOptions, process: Value, hostname: &str, id
         "hostname": hostname,
         "mounts": mounts(options),
         "linux": {
+            // No network namespace: the guest's own is nobody else's.
             "namespaces": [
-                {"type": "pid"}, {"type": "mount"}, {"type": "ipc"}, {"type": "uts"}, {"type": "network"},
-                {"type": "cgroup"},
+                {"type": "pid"}, {"type": "mount"}, {"type": "ipc"}, {"type": "uts"}, {"type": "cgroup"},
             ],
             "cgroupsPath": format!("/{id}"),
             "resources": resources,
