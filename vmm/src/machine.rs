@@ -21,13 +21,14 @@ use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::block::Block;
 use crate::devices::virtio::block::disk::Disk;
 use crate::devices::virtio::console::Console;
+use crate::devices::virtio::fs::Fs;
 use crate::devices::virtio::mmio::{self, MmioTransport};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::Vsock;
 use crate::error::{Error, Result};
 use crate::event_loop::EventLoop;
 use crate::exit::{ExitRequest, Outcome};
-use crate::memory::{self, GuestMemory};
+use crate::memory::{self, Backing, GuestMemory};
 use crate::report::{CRASH_TAIL, Report};
 use crate::timeline::Timeline;
 use crate::vcpu::{Vcpu, Vcpus};
@@ -62,7 +63,7 @@ impl Machine {
         let exit = ExitRequest::new().map_err(Error::os("make an eventfd"))?;
 
         let bytes = u64::from(config.machine.memory_mib) << 20;
-        let memory = Arc::new(memory::create(bytes)?);
+        let memory = Arc::new(memory::create(bytes, backing(&config))?);
         memory::register(&vm, &memory)?;
         create_interrupt_controller(&vm)?;
         timeline.mark("memory");
@@ -141,9 +142,15 @@ pub fn check(config: &Config) -> Result<()> {
     for disk in &config.disks {
         open_disk(disk)?;
     }
-    let memory = memory::create(bytes)?;
+    let memory = memory::create(bytes, backing(config))?;
     let cmdline = kernel_cmdline(config)?;
     boot::load(&memory, bytes, config.machine.vcpus, &config.boot, &cmdline).map(drop)
+}
+
+/// Memory is shared only where somebody shares it: huge pages are had for anonymous memory on every host, for memory
+/// files on few.
+fn backing(config: &Config) -> Backing {
+    if config.filesystems.is_empty() { Backing::Private } else { Backing::Shared }
 }
 
 /// What the control socket can see and do.
@@ -253,6 +260,9 @@ impl Devices {
         let mut slots = Slots { vm, memory, cmdline, mmio: Bus::default(), virtio: Vec::new() };
         for disk in &config.disks {
             slots.attach(Box::new(Block::new(&disk.id, open_disk(disk)?)))?;
+        }
+        for filesystem in &config.filesystems {
+            slots.attach(Box::new(Fs::new(filesystem, exit.clone())?))?;
         }
         if let Some(vsock) = &config.vsock {
             slots.attach(Box::new(Vsock::new(vsock.cid, &vsock.socket)?))?;
