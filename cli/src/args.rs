@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use bulkhead_runtime::binds::{Bind, Mounting};
 use bulkhead_runtime::options::{
     Tmpfs, Ulimit, parse_capability, parse_cpus, parse_signal, parse_size, parse_sysctl,
 };
@@ -99,6 +100,12 @@ pub struct RunArgs {
     /// Make the root file system read-only.
     #[arg(long)]
     pub read_only: bool,
+    /// Show a directory or file of the host in the container. A directory that does not exist is made.
+    #[arg(short, long, value_name = "HOST:CONTAINER[:ro]", value_parser = Bind::parse_volume)]
+    pub volume: Vec<Bind>,
+    /// Mount something, like type=bind,source=/host/dir,target=/dir,readonly or type=tmpfs,target=/dir.
+    #[arg(long, value_name = "KEY=VALUE,…", value_parser = Mounting::parse)]
+    pub mount: Vec<Mounting>,
     /// Mount a tmpfs.
     #[arg(long, value_name = "DIR[:OPTIONS]", value_parser = Tmpfs::parse)]
     pub tmpfs: Vec<Tmpfs>,

@@ -69,7 +69,7 @@ fn rootfs() -> Rootfs {
     let layer = Filesystem { fstype: "erofs".into(), source: "/dev/vda".into(), options: vec![] };
     let writable =
         Filesystem { fstype: "tmpfs".into(), source: "tmpfs".into(), options: vec!["size=64m".into()] };
-    Rootfs { layers: vec![layer], writable: Some(writable) }
+    Rootfs { layers: vec![layer], writable: Some(writable), ..Rootfs::default() }
 }
 
 fn create(id: &str, spec: String, stdio: Stdio) -> Result<CreateContainerResponse, CallError> {
@@ -437,7 +437,7 @@ fn bad_requests_harm_nobody() {
         spec: spec(&shell("true"), ""),
         rootfs: Some(Rootfs {
             layers: vec![Filesystem { fstype: "erofs".into(), source: "/dev/vdz".into(), options: vec![] }],
-            writable: None,
+            ..Rootfs::default()
         }),
         ..Default::default()
     };
@@ -449,6 +449,7 @@ fn bad_requests_harm_nobody() {
             hostname: "guest".into(),
             entropy: vec![7; 64],
             realtime_ns: 1_800_000_000_000_000_000,
+            shares: vec![],
         },
     )
     .unwrap();

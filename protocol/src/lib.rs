@@ -18,6 +18,8 @@ pub mod agent {
 
 /// Raised when host and agent could no longer understand each other.
 pub const PROTOCOL_VERSION: u32 = 1;
+/// Directory of the guest below which the host's directories are mounted, each under the tag of its virtio-fs device.
+pub const SHARES: &str = "/run/shares";
 /// ttrpc service name of the agent.
 pub const AGENT_SERVICE: &str = "bulkhead.agent.v1.Agent";
 /// vsock port of the agent's ttrpc service in the guest, and of the host's ready listener.

@@ -5,6 +5,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::options::{RunOptions, parse_signal};
 use crate::relay::Ends;
+use crate::shares::{Access, Shares};
 use crate::spec::{self, ProcessUser};
 use crate::state::{Files, RECORD_VERSION, Record, Reservation, Status, now_ns, private_dir, remove_files};
 use crate::supervise::{self, Ask, Plan, Tell, Wire};
@@ -52,6 +53,7 @@ pub fn run(
     if options.tty && !options.detach && options.interactive && !terminal::stdin_is_terminal() {
         return Err(Error::Usage("-t needs a terminal on standard input: leave -t out, or add -d".into()));
     }
+    crate::binds::check(&options)?;
     let user = resolve_user(image, options.user.as_deref().unwrap_or(&image.config.user))?;
     if let Some(hostname) = &options.hostname {
         check_hostname(hostname)?;
@@ -118,8 +120,9 @@ fn prepare(
         &spec::capabilities(options),
         &options.ulimits,
     );
-    let spec = spec::container(options, process, hostname, &record.id);
     private_dir(&files.run)?;
+    let (shares, shared) = share(&files, options)?;
+    let spec = spec::container(options, process, hostname, &record.id, &shared);
     record.save(&files)?;
     let mut ends = if options.detach { Ends::default() } else { Ends::own(options.interactive)? };
     ends.detach_keys = options.tty.then_some(keys);
@@ -135,8 +138,26 @@ fn prepare(
         spec,
         ends,
         caller,
+        shares,
     };
     Ok((plan, wire))
+}
+
+/// Takes what the container is to see of the host; answers how the guest knows each.
+fn share(files: &Files, options: &RunOptions) -> Result<(Option<Shares>, Vec<String>)> {
+    if options.binds.is_empty() {
+        return Ok((None, Vec::new()));
+    }
+    let mut shares = Shares::new(&files.run)?;
+    let paths = options
+        .binds
+        .iter()
+        .map(|bind| {
+            bind.prepare()?;
+            shares.add(&bind.source, if bind.read_only { Access::ReadOnly } else { Access::ReadWrite })
+        })
+        .collect::<Result<_>>()?;
+    Ok((Some(shares), paths))
 }
 
 /// What `sethostname(2)` and `/etc/hosts` take: at most 64 bytes of letters, digits, `-` and `.`.

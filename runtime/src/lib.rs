@@ -7,6 +7,7 @@
 //! Read in this order: [`launch`] (what `run` does), [`supervise`] (what the supervisor does), [`guest`] (how the
 //! host talks to the agent), [`state`] (what is on disk).
 
+pub mod binds;
 pub mod copy;
 pub mod doctor;
 mod error;
@@ -20,6 +21,7 @@ pub mod options;
 mod paths;
 mod relay;
 mod scratch;
+pub mod shares;
 mod spec;
 pub mod state;
 pub mod stop;

@@ -11,6 +11,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde_json::Value;
 use vmm::config::{BootConfig, Config, ConsoleConfig, DiskConfig, MachineConfig, VsockConfig};
 
+use crate::shares::Server;
 use crate::state::Files;
 use crate::{Artefacts, Context, Error, Result};
 
@@ -68,6 +69,7 @@ impl Monitor {
         files: &Files,
         shape: &Shape,
         disks: Vec<DiskConfig>,
+        shares: Option<&mut Server>,
     ) -> Result<Self> {
         let config = Config {
             machine: MachineConfig { vcpus: shape.vcpus, memory_mib: shape.memory_mib },
@@ -77,6 +79,7 @@ impl Monitor {
                 cmdline: CMDLINE.into(),
             },
             disks,
+            filesystems: shares.iter().filter_map(|server| server.filesystem()).collect(),
             vsock: Some(VsockConfig { cid: 3, socket: files.vsock() }),
             rng: true,
             console: ConsoleConfig::default(),
@@ -93,16 +96,22 @@ impl Monitor {
         let program = &artefacts.monitor;
         let what = || format!("cannot start the monitor {}", program.display());
         let log = File::create(files.monitor_log()).context(what)?;
-        let child = Command::new(program)
+        let mut command = Command::new(program);
+        command
             .arg("--config")
             .arg(&path)
             .arg("--die-with-parent")
             .current_dir("/")
             .stdin(Stdio::null())
             .stdout(log.try_clone().context(what)?)
-            .stderr(log)
-            .spawn()
-            .context(what)?;
+            .stderr(log);
+        if let Some(server) = &shares {
+            server.hand_over(&mut command);
+        }
+        let child = command.spawn().context(what)?;
+        if let Some(server) = shares {
+            server.handed_over();
+        }
         let pid = Pid::from_child(&child);
         let pidfd = pidfd_open(pid, PidfdFlags::empty()).context(what)?;
         Ok(Self { child, pidfd, files: files.clone(), ready, discarded: false })
@@ -171,7 +180,10 @@ impl Monitor {
         let tail = log.get(log.len().saturating_sub(SHOWN)..).unwrap_or_default();
         let words = printable(&String::from_utf8_lossy(tail));
         let said = if words.is_empty() { "it said nothing".to_owned() } else { format!("it said:\n{words}") };
-        format!("{happened} ({status}); {said}")
+        let served = fs::read(self.files.shares_log()).unwrap_or_default();
+        let served = printable(&String::from_utf8_lossy(served.get(..SHOWN).unwrap_or(&served)));
+        let served = if served.is_empty() { served } else { format!("\nvirtiofsd said:\n{served}") };
+        format!("{happened} ({status}); {said}{served}")
     }
 
     /// Waits for the monitor to end by itself, or ends it when it does not.

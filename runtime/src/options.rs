@@ -1,7 +1,10 @@
 //! What a person can ask of `run`, and how its values are written.
 
+use std::path::Path;
+
 use serde::{Deserialize, Serialize};
 
+use crate::binds::Bind;
 use crate::{Error, Result};
 
 /// The wishes of `bulkhead run`, after parsing and before the image has its say.
@@ -34,6 +37,8 @@ pub struct RunOptions {
     pub read_only: bool,
     /// Mounts of tmpfs.
     pub tmpfs: Vec<Tmpfs>,
+    /// Directories and files of the host.
+    pub binds: Vec<Bind>,
     /// Host name.
     pub hostname: Option<String>,
     /// Capabilities added to the default set, upper case with `CAP_`; `ALL`.
@@ -52,6 +57,14 @@ pub struct RunOptions {
     pub stop_signal: Option<String>,
     /// What typing detaches from a terminal, in docker's notation.
     pub detach_keys: Option<String>,
+}
+
+impl RunOptions {
+    /// Whether `path` of the container is on a directory or file of the host's.
+    #[must_use]
+    pub fn covers(&self, path: &str) -> bool {
+        self.binds.iter().any(|bind| Path::new(path).starts_with(&bind.target))
+    }
 }
 
 /// `--tmpfs PATH[:OPTIONS]`.

@@ -217,8 +217,14 @@ pub(crate) fn process(
     process
 }
 
-/// The whole spec.
-pub(crate) fn container(options: &RunOptions, process: Value, hostname: &str, id: &str) -> Value {
+/// The whole spec. `shared` are the guest's paths of `options.binds`, in order.
+pub(crate) fn container(
+    options: &RunOptions,
+    process: Value,
+    hostname: &str,
+    id: &str,
+    shared: &[String],
+) -> Value {
     let devices: Vec<_> = [
         json!({"allow": false, "access": "rwm"}),
         json!({"allow": true, "type": "c", "access": "m"}),
@@ -252,7 +258,7 @@ pub(crate) fn container(options: &RunOptions, process: Value, hostname: &str, id
         "process": process,
         "root": {"path": "rootfs", "readonly": options.read_only},
         "hostname": hostname,
-        "mounts": mounts(options),
+        "mounts": mounts(options, shared),
         "linux": {
             // No network namespace: the guest's own is nobody else's.
             "namespaces": [
@@ -267,7 +273,7 @@ pub(crate) fn container(options: &RunOptions, process: Value, hostname: &str, id
     })
 }
 
-fn mounts(options: &RunOptions) -> Vec<Value> {
+fn mounts(options: &RunOptions, shared: &[String]) -> Vec<Value> {
     let mount = |target: &str, kind: &str, options: &[&str]| json!({"destination": target, "type": kind, "source": kind, "options": options});
     let mut mounts = vec![
         mount("/proc", "proc", &["nosuid", "noexec", "nodev"]),
@@ -282,12 +288,23 @@ fn mounts(options: &RunOptions) -> Vec<Value> {
         mount("/dev/mqueue", "mqueue", &["nosuid", "noexec", "nodev"]),
         mount("/dev/shm", "tmpfs", &["nosuid", "noexec", "nodev", "mode=1777", "size=67108864"]),
     ];
+    let mut wanted = Vec::new();
     for tmpfs in &options.tmpfs {
-        // A tmpfs of the person's replaces one of ours at the same place.
-        mounts.retain(|known| known.get("destination").and_then(Value::as_str) != Some(tmpfs.path.as_str()));
         let mut all = vec!["nosuid", "nodev", "noexec"];
         all.extend(tmpfs.options.iter().map(String::as_str));
-        mounts.push(mount(&tmpfs.path, "tmpfs", &all));
+        wanted.push((tmpfs.path.as_str(), mount(&tmpfs.path, "tmpfs", &all)));
+    }
+    for (bind, source) in options.binds.iter().zip(shared) {
+        let flags: &[&str] = if bind.read_only { &["rbind", "ro"] } else { &["rbind"] };
+        let value = json!({"destination": bind.target, "type": "bind", "source": source, "options": flags});
+        wanted.push((bind.target.as_str(), value));
+    }
+    // As docker: what lies deeper is mounted later, in whatever order it was asked for.
+    wanted.sort_by_key(|(target, _)| target.split('/').filter(|part| !part.is_empty()).count());
+    for (target, value) in wanted {
+        // A mount of the person's replaces one of ours at the same place.
+        mounts.retain(|known| known.get("destination").and_then(Value::as_str) != Some(target));
+        mounts.push(value);
     }
     mounts
 }
@@ -320,7 +337,7 @@ mod tests {
             &capabilities(&options),
             &options.ulimits,
         );
-        let spec = container(&options, process, "host", "id");
+        let spec = container(&options, process, "host", "id", &[]);
         let parsed: oci_spec::runtime::Spec = serde_json::from_value(spec).unwrap();
         let shm: Vec<_> = parsed
             .mounts()

@@ -134,6 +134,11 @@ impl Files {
     pub fn lock(&self) -> PathBuf {
         self.dir.join("lock")
     }
+    /// What virtiofsd has to say.
+    #[must_use]
+    pub fn shares_log(&self) -> PathBuf {
+        self.dir.join("virtiofsd.log")
+    }
     /// What the container wrote.
     #[must_use]
     pub fn log(&self) -> PathBuf {

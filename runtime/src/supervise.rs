@@ -24,8 +24,9 @@ use vmm::config::DiskConfig;
 use crate::guest::{Agent, Guest};
 use crate::monitor::{Monitor, Shape};
 use crate::relay::{Ends, Relay, Streams};
+use crate::shares::{Lifetime, Server, Shares};
 use crate::state::{Exit, Files, Record, Status, now_ns, release, remove_files};
-use crate::{Artefacts, Context, Error, Layout, Result, logs, names, scratch, trace};
+use crate::{Artefacts, Context, Error, Layout, Result, logs, names, scratch, shares, trace};
 
 /// Said by the caller of `run` to the supervisor.
 #[derive(Debug, Serialize, Deserialize)]
@@ -96,12 +97,16 @@ pub(crate) struct Plan {
     pub spec: Value,
     pub ends: Ends,
     pub caller: Wire,
+    /// What of the host the container is to see.
+    pub shares: Option<Shares>,
 }
 
 /// A supervisor at work.
 struct Supervisor {
     plan: Plan,
     guest: Guest,
+    /// Serves what of the host the container sees.
+    server: Option<Server>,
     /// The caller of `run` still listens.
     attended: bool,
 }
@@ -109,7 +114,7 @@ struct Supervisor {
 /// Runs a container to its end and puts everything away. Answers the exit status for the process.
 pub(crate) fn run(plan: Plan) -> u8 {
     let guest = Guest::new(&plan.files.vsock());
-    let mut supervisor = Supervisor { attended: true, guest, plan };
+    let mut supervisor = Supervisor { attended: true, guest, plan, server: None };
     let outcome = supervisor.live();
     supervisor.put_away(outcome)
 }
@@ -138,6 +143,9 @@ impl Supervisor {
         if self.plan.record.options.auto_remove {
             // Nothing in the guest is wanted any more: all output has been passed on.
             monitor.discard();
+            if let Some(server) = self.server.take() {
+                server.leave();
+            }
         } else {
             let shutdown = ShutdownRequest { status: exit.code.into(), sync: true };
             // The answer never comes when the machine is quick: its end is the answer.
@@ -150,6 +158,7 @@ impl Supervisor {
     }
 
     fn boot(&mut self) -> Result<Monitor> {
+        let shares = self.plan.shares.take();
         let Plan { layout, files, record, .. } = &self.plan;
         let mut disks = vec![DiskConfig {
             id: "layers".into(),
@@ -168,8 +177,14 @@ impl Supervisor {
                 layers: Vec::new(),
             });
         }
+        if let Some(shares) = shares {
+            let path = files.shares_log();
+            let log = File::create(&path).context(|| format!("cannot create {}", path.display()))?;
+            self.server = Some(shares.start(Lifetime::Parent, &log)?);
+            trace::mark("virtiofsd spawned");
+        }
         let shape = Shape::new(record.options.memory, record.options.milli_cpus);
-        let mut monitor = Monitor::start(&self.plan.artefacts, files, &shape, disks)?;
+        let mut monitor = Monitor::start(&self.plan.artefacts, files, &shape, disks, self.server.as_mut())?;
         trace::mark("monitor spawned");
         self.plan.record.monitor_pid = monitor.pid();
         self.plan.record.save(&self.plan.files)?;
@@ -195,6 +210,7 @@ impl Supervisor {
             hostname: self.plan.hostname.clone(),
             entropy,
             realtime_ns: i64::try_from(now_ns()).unwrap_or(0),
+            shares: self.server.iter().map(|_| shares::TAG.to_owned()).collect(),
         };
         let info: GuestInfo =
             agent.call("Configure", &request).context(|| "cannot set the guest up".into())?;
@@ -230,9 +246,10 @@ impl Supervisor {
             rootfs: Some(Rootfs {
                 layers: (1..=layers.len()).map(erofs).collect(),
                 writable: Some(writable),
+                shared: String::new(),
             }),
             stdio: Some(stdio),
-            files: etc(hostname),
+            files: etc(hostname).into_iter().filter(|file| !options.covers(&file.path)).collect(),
         };
         let _: CreateContainerResponse = agent.call("CreateContainer", &request).map_err(cannot_start)?;
         trace::mark("container created");

@@ -12,6 +12,7 @@ mod monitor;
 mod real_images;
 mod run;
 mod terminal;
+mod virtio_fs;
 
 use anyhow::Result;
 use bulkhead_tests::host::Host;

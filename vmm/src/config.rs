@@ -1,19 +1,28 @@
 //! The configuration of one microVM, as written in the JSON file given to `bulkhead-vmm --config`.
 
 use std::fs;
+use std::io;
+use std::os::fd::{FromRawFd, RawFd};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use crate::arch::layout;
+use crate::devices::virtio::fs::TAG_BYTES;
 use crate::error::{Error, Result};
 
 /// Most vCPUs a machine can have.
 pub const MAX_VCPUS: u8 = 32;
 /// Most disks a machine can have: what is left of the interrupt lines after the other devices.
 pub const MAX_DISKS: usize = 12;
+/// Most shared file systems a machine can have.
+pub const MAX_FILESYSTEMS: usize = 4;
 /// Most layers a composite disk can have: entries in its partition table.
 pub const MAX_LAYERS: usize = 128;
+/// Most request queues of a shared file system.
+const MAX_QUEUES: u16 = 32;
+const MAX_QUEUE_SIZE: u16 = 4096;
 const MAX_RING_KIB: u32 = 16 * 1024;
 
 /// Everything the monitor needs to know to run one machine. Unknown keys are errors.
@@ -28,6 +37,9 @@ pub struct Config {
     /// Disks in the order in which the guest sees them: vda, vdb, …
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<DiskConfig>,
+    /// Directories of the host, each served by a process outside of the monitor.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub filesystems: Vec<FilesystemConfig>,
     /// Sockets between host and guest; absent: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock: Option<VsockConfig>,
@@ -101,6 +113,36 @@ pub struct DiskConfig {
     /// Files shown as partitions 1, 2, … of a disk with a GPT made by the monitor.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub layers: Vec<PathBuf>,
+}
+
+/// A directory of the host that a vhost-user process (virtiofsd) serves, and how to reach that process: one of `socket` and
+/// `fd`. Guest memory is shared with it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FilesystemConfig {
+    /// Name by which the guest mounts it, 1 to 36 bytes.
+    pub tag: String,
+    /// Unix socket on which the process listens.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket: Option<PathBuf>,
+    /// Descriptor that the monitor inherits: a unix socket connected to the process. The process then sees the monitor's
+    /// end whatever happens, and no socket is left lying about.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fd: Option<RawFd>,
+    /// Request queues; virtiofsd has 1.
+    #[serde(default = "one")]
+    pub queues: u16,
+    /// Entries of each queue, a power of two. A request of 1 MiB takes 260.
+    #[serde(default = "default_queue_size")]
+    pub queue_size: u16,
+}
+
+fn one() -> u16 {
+    1
+}
+
+fn default_queue_size() -> u16 {
+    512
 }
 
 /// Sockets between host and guest.
@@ -248,6 +290,22 @@ impl Config {
         for disk in &self.disks {
             disk.check()?;
         }
+        if self.filesystems.len() > MAX_FILESYSTEMS {
+            return complain(format!(
+                "{} filesystems are asked for, but at most {MAX_FILESYSTEMS} fit",
+                self.filesystems.len()
+            ));
+        }
+        for (index, filesystem) in self.filesystems.iter().enumerate() {
+            filesystem.check()?;
+            let before = self.filesystems.iter().take(index);
+            if before.clone().any(|other| other.tag == filesystem.tag) {
+                return complain(format!("two filesystems have the tag {:?}", filesystem.tag));
+            }
+            if filesystem.fd.is_some() && before.clone().any(|other| other.fd == filesystem.fd) {
+                return complain("two filesystems have the same \"fd\"".to_owned());
+            }
+        }
         if let Some(vsock) = &self.vsock
             && (vsock.cid < 3 || vsock.cid == u32::MAX)
         {
@@ -271,6 +329,59 @@ impl DiskConfig {
                 Err(Error::Config(format!("disk {id:?} has {n} layers, but at most {MAX_LAYERS} fit")))
             }
             (Some(_), _) => Err(Error::Config(format!("disk {id:?} has both \"path\" and \"layers\""))),
+        }
+    }
+}
+
+impl FilesystemConfig {
+    fn check(&self) -> Result<()> {
+        let Self { tag, socket, fd, queues, queue_size } = self;
+        let complain = |message: String| Err(Error::Config(format!("filesystem {tag:?}: {message}")));
+        if tag.is_empty() || tag.len() > TAG_BYTES || tag.contains('\0') {
+            return complain(format!("the tag must have 1 to {TAG_BYTES} bytes, none of them 0"));
+        }
+        if socket.is_some() == fd.is_some() {
+            return complain("give \"socket\" or \"fd\"".to_owned());
+        }
+        if fd.is_some_and(|fd| fd < 3) {
+            return complain("fd must be 3 or above".to_owned());
+        }
+        if !(1..=MAX_QUEUES).contains(queues) {
+            return complain(format!("queues is {queues}, but must be 1 to {MAX_QUEUES}"));
+        }
+        if !queue_size.is_power_of_two() || *queue_size < 16 || *queue_size > MAX_QUEUE_SIZE {
+            return complain(format!(
+                "queue_size is {queue_size}, but must be a power of two from 16 to {MAX_QUEUE_SIZE}"
+            ));
+        }
+        Ok(())
+    }
+
+    /// The connection to the process. To be called once: an inherited descriptor is taken over.
+    ///
+    /// # Errors
+    /// Nobody listens, or the descriptor is no connected unix socket.
+    pub(crate) fn connect(&self) -> io::Result<UnixStream> {
+        if let Some(path) = &self.socket {
+            return UnixStream::connect(path)
+                .map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", path.display())));
+        }
+        let fd = self.fd.unwrap_or(-1);
+        let what = |error: io::Error| io::Error::new(error.kind(), format!("descriptor {fd}: {error}"));
+        // SAFETY: F_SETFD takes no pointers, and fails when there is no such descriptor.
+        if unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
+            return Err(what(io::Error::last_os_error()));
+        }
+        // SAFETY: the descriptor is open. Whoever started the monitor says that it is meant for this, `check` that it is
+        // named once, and the monitor has no other use for a number that it did not open itself.
+        let stream = unsafe { UnixStream::from_raw_fd(fd) };
+        match stream.peer_addr() {
+            Ok(_) => Ok(stream),
+            Err(error) => {
+                // It is something else after all, and not ours to close.
+                std::mem::forget(stream);
+                Err(what(error))
+            }
         }
     }
 }
@@ -316,6 +427,14 @@ mod tests {
             (r#"{"boot":{"kernel":"k"},"disks":[{"id":"a","layers":["l"]}]}"#, "read_only"),
             (r#"{"boot":{"kernel":"k"},"vsock":{"cid":2,"socket":"s"}}"#, "cid"),
             (r#"{"boot":{"kernel":"k","cmdline":"a\nb"}}"#, "cmdline"),
+            (r#"{"boot":{"kernel":"k"},"filesystems":[{"tag":"t"}]}"#, "socket"),
+            (r#"{"boot":{"kernel":"k"},"filesystems":[{"tag":"t","fd":5,"socket":"s"}]}"#, "socket"),
+            (r#"{"boot":{"kernel":"k"},"filesystems":[{"tag":"","fd":5}]}"#, "tag"),
+            (r#"{"boot":{"kernel":"k"},"filesystems":[{"tag":"t","fd":2}]}"#, "fd"),
+            (r#"{"boot":{"kernel":"k"},"filesystems":[{"tag":"t","fd":5,"queue_size":100}]}"#, "queue_size"),
+            (r#"{"boot":{"kernel":"k"},"filesystems":[{"tag":"t","fd":5,"queues":0}]}"#, "queues"),
+            (r#"{"boot":{"kernel":"k"},"filesystems":[{"tag":"t","fd":5},{"tag":"t","fd":6}]}"#, "tag"),
+            (r#"{"boot":{"kernel":"k"},"filesystems":[{"tag":"t","fd":5},{"tag":"u","fd":5}]}"#, "fd"),
         ] {
             let error = parse(text).unwrap_err();
             assert!(error.to_string().contains(word), "{text}: {error}");
@@ -327,6 +446,7 @@ mod tests {
     fn what_is_written_reads_the_same() {
         let text = r#"{"boot":{"kernel":"k","initramfs":"i","cmdline":"c"},
             "disks":[{"id":"a","read_only":true,"layers":["l1","l2"]},{"id":"b","path":"p"}],
+            "filesystems":[{"tag":"t","socket":"s"},{"tag":"u","fd":7,"queues":2,"queue_size":64}],
             "vsock":{"cid":3,"socket":"s"},"console":{"output":"/tmp/o","input":"stdin","ring_kib":1},
             "serial":{"output":"stdout"},"control":"c","report":"r"}"#;
         let config = parse(text).unwrap();

@@ -16,6 +16,8 @@ pub const STATUS_KVM_UNUSABLE: u8 = 69;
 pub const STATUS_CRASH: u8 = 70;
 /// The operating system refused something (EX_OSERR).
 pub const STATUS_OS: u8 = 71;
+/// What serves one of the guest's devices is gone (EX_IOERR).
+pub const STATUS_IO: u8 = 74;
 
 /// Why a machine could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -105,6 +107,14 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
+    /// A process that should serve a device's queues.
+    #[error("cannot reach what serves the file system {tag:?}")]
+    Backend {
+        /// The file system's tag.
+        tag: String,
+        /// Why.
+        source: io::Error,
+    },
     /// Guest memory refused an access that the monitor's own layout should have made possible.
     #[error("cannot write the {what} into guest memory")]
     GuestMemory {
@@ -123,7 +133,7 @@ impl Error {
             | Self::Config(_)
             | Self::MemoryTooSmall { .. }
             | Self::CmdlineTooLong { .. } => STATUS_USAGE,
-            Self::Input { .. } | Self::BadKernel { .. } => STATUS_NO_INPUT,
+            Self::Input { .. } | Self::BadKernel { .. } | Self::Backend { .. } => STATUS_NO_INPUT,
             Self::KvmOpen { .. } | Self::KvmLacks(_) | Self::Kvm { .. } => STATUS_KVM_UNUSABLE,
             Self::Os { .. } | Self::Listen { .. } | Self::GuestMemory { .. } => STATUS_OS,
         }

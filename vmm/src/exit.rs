@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::error::STATUS_CRASH;
+use crate::error::{STATUS_CRASH, STATUS_IO};
 use crate::report::Crash;
 use crate::sync::lock;
 
@@ -22,6 +22,8 @@ pub enum Outcome {
     Crash,
     /// Somebody asked through the control socket.
     Quit,
+    /// What serves a device outside of the monitor is gone, and the guest cannot go on without it.
+    DeviceLost,
     /// This signal was sent to the monitor.
     Signal(u8),
 }
@@ -33,6 +35,7 @@ impl Outcome {
             Self::Exited(status) => *status,
             Self::Reboot | Self::Quit => 0,
             Self::Panic | Self::Crash => STATUS_CRASH,
+            Self::DeviceLost => STATUS_IO,
             Self::Signal(signal) => 128_u8.saturating_add(*signal),
         }
     }
@@ -46,6 +49,7 @@ impl Outcome {
             Self::Crash => 0x400,
             Self::Quit => 0x500,
             Self::Signal(signal) => 0x600 | u32::from(*signal),
+            Self::DeviceLost => 0x700,
         }
     }
 
@@ -58,6 +62,7 @@ impl Outcome {
             3 => Self::Panic,
             5 => Self::Quit,
             6 => Self::Signal(detail),
+            7 => Self::DeviceLost,
             _ => Self::Crash,
         })
     }
@@ -70,6 +75,7 @@ impl Outcome {
             Self::Panic => "panic",
             Self::Crash => "crash",
             Self::Quit => "quit",
+            Self::DeviceLost => "device-lost",
             Self::Signal(_) => "signal",
         }
     }
@@ -141,6 +147,7 @@ mod tests {
             Outcome::Panic,
             Outcome::Crash,
             Outcome::Quit,
+            Outcome::DeviceLost,
             Outcome::Signal(15),
         ] {
             assert_eq!(Outcome::from_word(outcome.to_word()), Some(outcome));

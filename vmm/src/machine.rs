@@ -24,13 +24,14 @@ use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::block::Block;
 use crate::devices::virtio::block::disk::Disk;
 use crate::devices::virtio::console::Console;
+use crate::devices::virtio::fs::Fs;
 use crate::devices::virtio::mmio::{self, MmioTransport};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::Vsock;
 use crate::error::{Error, Result};
 use crate::event_loop::EventLoop;
 use crate::exit::{ExitRequest, Outcome};
-use crate::memory::{self, GuestMemory};
+use crate::memory::{self, Backing, GuestMemory};
 use crate::report::{CRASH_TAIL, Report};
 use crate::timeline::Timeline;
 use crate::vcpu::{Vcpu, Vcpus};
@@ -62,7 +63,7 @@ impl Machine {
     pub fn build(config: Config, timeline: Arc<Timeline>) -> Result<Self> {
         let kvm = open_kvm()?;
         let bytes = u64::from(config.machine.memory_mib) << 20;
-        let memory = Arc::new(memory::create(bytes)?);
+        let memory = Arc::new(memory::create(bytes, backing(&config))?);
         // KVM waits some milliseconds for the host's RCU before there is a virtual machine: meanwhile another thread does
         // all that needs none. In the emulated host, with its one processor, that is 7 ms less.
         thread::scope(|scope| {
@@ -169,9 +170,15 @@ pub fn check(config: &Config) -> Result<()> {
     for disk in &config.disks {
         open_disk(disk)?;
     }
-    let memory = memory::create(bytes)?;
+    let memory = memory::create(bytes, backing(config))?;
     let cmdline = kernel_cmdline(config)?;
     boot::load(&memory, bytes, &config.boot)?.finish(&memory, bytes, config.machine.vcpus, &cmdline).map(drop)
+}
+
+/// Memory is shared only where somebody shares it: huge pages are had for anonymous memory on every host, for memory
+/// files on few.
+fn backing(config: &Config) -> Backing {
+    if config.filesystems.is_empty() { Backing::Private } else { Backing::Shared }
 }
 
 /// What the control socket can see and do.
@@ -280,6 +287,9 @@ impl Devices {
         let mut slots = Slots { vm, memory, cmdline, mmio: Bus::default(), virtio: Vec::new() };
         for disk in &config.disks {
             slots.attach(Box::new(Block::new(&disk.id, open_disk(disk)?)))?;
+        }
+        for filesystem in &config.filesystems {
+            slots.attach(Box::new(Fs::new(filesystem, exit.clone())?))?;
         }
         if let Some(vsock) = &config.vsock {
             slots.attach(Box::new(Vsock::new(vsock.cid, &vsock.socket)?))?;

@@ -1,6 +1,7 @@
 //! `bulkhead run`.
 
 use bulkhead_image::{Image, Store};
+use bulkhead_runtime::binds::Mounting;
 use bulkhead_runtime::launch::{self, Launched};
 use bulkhead_runtime::options::RunOptions;
 use bulkhead_runtime::{Error, Layout, doctor, trace};
@@ -14,6 +15,13 @@ pub fn run(layout: &Layout, args: RunArgs) -> Outcome {
     doctor::require_kvm(layout)?;
     trace::mark("kvm known to work");
     let store = store(layout)?;
+    let (mut binds, mut tmpfs) = (args.volume, args.tmpfs);
+    for mounting in args.mount {
+        match mounting {
+            Mounting::Bind(bind) => binds.push(bind),
+            Mounting::Tmpfs(mount) => tmpfs.push(mount),
+        }
+    }
     let options = RunOptions {
         env: environment(&args.env_file, &args.env)?,
         pids_limit: pids_limit(args.pids_limit)?,
@@ -28,7 +36,8 @@ pub fn run(layout: &Layout, args: RunArgs) -> Outcome {
         memory: memory(args.memory)?,
         milli_cpus: args.cpus,
         read_only: args.read_only,
-        tmpfs: args.tmpfs,
+        tmpfs,
+        binds,
         hostname: args.hostname,
         cap_add: args.cap_add,
         cap_drop: args.cap_drop,

@@ -1,13 +1,14 @@
-//! The container's root, put together in the agent's mount namespace: layers, a writable layer, an overlay of them.
+//! The container's root, put together in the agent's mount namespace: layers, a writable layer, an overlay of them; or a
+//! directory that the host shares.
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
-use bulkhead_protocol::agent;
+use bulkhead_protocol::{SHARES, agent};
 use rustix::mount::{MountFlags, UnmountFlags};
 
-use super::mounts::Options;
+use super::mounts::{Options, put_tree, take_tree};
 use crate::error::{Context, Error, Result};
 
 /// Where everything of a container is kept in the guest.
@@ -46,8 +47,15 @@ impl Rootfs {
     /// # Errors
     /// The device is missing or damaged, or the request makes no sense.
     pub fn mount(id: &str, request: &agent::Rootfs, layers: &mut Layers) -> Result<Self> {
-        if request.layers.is_empty() && request.writable.is_none() {
+        let made = !request.layers.is_empty() || request.writable.is_some();
+        if !made && request.shared.is_empty() {
             return Err(Error::invalid("the rootfs has neither a layer nor a writable file system"));
+        }
+        if !request.shared.is_empty() && (made || !is_shared(Path::new(&request.shared))) {
+            return Err(Error::invalid(format!(
+                "the rootfs {:?} is no path below {SHARES} alone",
+                request.shared
+            )));
         }
         if request.layers.len() > MAX_LAYERS {
             let count = request.layers.len();
@@ -75,6 +83,11 @@ impl Rootfs {
             lower.push(path);
         }
         fs::create_dir_all(&self.path).context(|| format!("create {}", self.path.display()))?;
+        if !request.shared.is_empty() {
+            put_tree(take_tree(Path::new(&request.shared), true)?, &self.path)?;
+            self.mounts.push(self.path.clone());
+            return Ok(());
+        }
         match (&request.writable, lower.as_slice()) {
             (None, [only]) => {
                 rustix::mount::mount_bind(only.as_path(), self.path.as_path())
@@ -166,6 +179,12 @@ impl Layers {
     }
 }
 
+/// Whether `path` names something below [`SHARES`].
+fn is_shared(path: &Path) -> bool {
+    let plain = |component| matches!(component, Component::Normal(_));
+    path.strip_prefix(SHARES).is_ok_and(|rest| rest.components().count() > 0 && rest.components().all(plain))
+}
+
 fn mount(filesystem: &agent::Filesystem, target: &Path, flags: MountFlags) -> Result<()> {
     let options = Options::parse(&filesystem.options)?;
     let data = c_string(&options.data)?;
@@ -201,6 +220,16 @@ pub fn c_string(text: &str) -> Result<std::ffi::CString> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_shared_root_lies_below_the_shares() {
+        assert!(is_shared(Path::new("/run/shares/host/0")));
+        for bad in
+            ["", "/", "/run/shares", "/run/shares/../x", "/run/shares/a/../../..", "run/shares/a", "/etc"]
+        {
+            assert!(!is_shared(Path::new(bad)), "{bad}");
+        }
+    }
 
     #[test]
     fn the_topmost_layer_comes_first() {

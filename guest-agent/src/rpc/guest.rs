@@ -1,11 +1,14 @@
 //! The guest as a whole: its identity, and its end.
 
+use std::fs;
 use std::os::fd::AsRawFd;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
-use bulkhead_protocol::PROTOCOL_VERSION;
 use bulkhead_protocol::agent::{ConfigureRequest, GuestInfo, ShutdownRequest};
+use bulkhead_protocol::{PROTOCOL_VERSION, SHARES};
 use rustix::fs::{Mode, OFlags};
+use rustix::mount::MountFlags;
 use rustix::time::{ClockId, Timespec};
 
 use crate::agent::Agent;
@@ -48,6 +51,7 @@ pub fn configure(request: &ConfigureRequest) -> Result<GuestInfo> {
         };
         rustix::time::clock_settime(ClockId::Realtime, time).context(|| "set the clock")?;
     }
+    request.shares.iter().try_for_each(|tag| mount_share(tag))?;
     let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get() as u32);
     Ok(GuestInfo {
         agent_version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -56,6 +60,17 @@ pub fn configure(request: &ConfigureRequest) -> Result<GuestInfo> {
         memory_bytes: Machine::this().memory,
         cpus,
     })
+}
+
+/// Mounts a directory of the host. Nothing is masked by flags here: each container's mounts bring their own.
+fn mount_share(tag: &str) -> Result<()> {
+    if tag.is_empty() || tag.contains('/') || tag.starts_with('.') {
+        return Err(Error::invalid(format!("{tag:?} is no name for a share")));
+    }
+    let target = Path::new(SHARES).join(tag);
+    let what = || format!("mount the host's directories ({tag}) by virtio-fs");
+    fs::create_dir_all(&target).context(what)?;
+    rustix::mount::mount(tag, &target, "virtiofs", MountFlags::empty(), None).context(what)
 }
 
 fn add_entropy(entropy: &[u8]) -> Result<()> {

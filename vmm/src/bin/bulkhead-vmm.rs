@@ -231,6 +231,7 @@ fn from_kernel(kernel: PathBuf) -> Config {
         machine: MachineConfig::default(),
         boot: BootConfig { kernel, initramfs: None, cmdline: DEFAULT_CMDLINE.to_owned() },
         disks: Vec::new(),
+        filesystems: Vec::new(),
         vsock: None,
         rng: true,
         console: ConsoleConfig::default(),

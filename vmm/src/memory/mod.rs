@@ -1,14 +1,19 @@
-//! Guest RAM: anonymous private memory of the monitor, nothing of which exists until the guest touches it.
+//! Guest RAM, nothing of which exists until the guest touches it: anonymous private memory of the monitor, or, where
+//! another process serves a device's queues, a memory file that is shared with it.
 
 pub mod place;
 
+use std::fs::File;
 use std::io;
+use std::os::fd::{AsRawFd, FromRawFd};
 use std::ptr;
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
+use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
-    GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    MmapRegion,
 };
 
 use crate::arch::layout;
@@ -20,23 +25,70 @@ pub type GuestMemory = GuestMemoryMmap<()>;
 /// Alignment that lets host kernel and KVM use 2 MiB pages: host and guest addresses agree in their low 21 bits.
 const HUGE_PAGE: usize = 2 << 20;
 
+/// What is behind guest memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Backing {
+    /// Anonymous memory that nobody else can see.
+    Private,
+    /// A sealed memory file, which other processes can be given.
+    Shared,
+}
+
 /// Reserves `bytes` of guest memory. It is never given back: a monitor runs one machine and ends with it, and the
 /// devices' threads may use the memory until then.
 ///
 /// # Errors
 /// When the address space is too small or the process's limits forbid it.
-pub fn create(bytes: u64) -> Result<GuestMemory> {
+pub fn create(bytes: u64, backing: Backing) -> Result<GuestMemory> {
     let regions = layout::memory_ranges(bytes)
         .into_iter()
-        .map(|(start, length)| region(start, length))
+        .map(|(start, length)| region(start, length, backing))
         .collect::<io::Result<Vec<_>>>()
         .map_err(Error::os("reserve guest memory"))?;
     GuestMemory::from_regions(regions)
         .map_err(|error| Error::Os { what: "lay out guest memory", source: io::Error::other(error) })
 }
 
-fn region(start: u64, length: u64) -> io::Result<GuestRegionMmap> {
+fn region(start: u64, length: u64, backing: Backing) -> io::Result<GuestRegionMmap> {
     let length = usize::try_from(length).map_err(io::Error::other)?;
+    let address = reserve(length)?;
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    let file = match backing {
+        Backing::Private => None,
+        Backing::Shared => Some(memory_file(length as u64)?),
+    };
+    let kind = if file.is_some() { libc::MAP_SHARED } else { libc::MAP_PRIVATE | libc::MAP_ANONYMOUS };
+    let flags = kind | libc::MAP_NORESERVE;
+    if let Some(file) = &file {
+        // SAFETY: replaces a part of the reservation, which is ours and in which nothing is yet.
+        let mapped = unsafe {
+            libc::mmap(address.cast(), length, protection, flags | libc::MAP_FIXED, file.as_raw_fd(), 0)
+        };
+        if mapped == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    // SAFETY: the range was just mapped and is ours; the advice changes no content. Failing is harmless: a kernel
+    // without transparent huge pages (of the kind in question) gives small ones, one without DONTDUMP writes larger core
+    // files.
+    unsafe {
+        libc::madvise(address.cast(), length, libc::MADV_HUGEPAGE);
+        libc::madvise(address.cast(), length, libc::MADV_DONTDUMP);
+    }
+    let builder: MmapRegionBuilder<()> =
+        MmapRegionBuilder::new(length).with_mmap_prot(protection).with_mmap_flags(flags);
+    // SAFETY: address..address+length lies within a mapping made above, which is never unmapped.
+    let builder = unsafe { builder.with_raw_mmap_pointer(address) };
+    let builder = match file {
+        Some(file) => builder.with_file_offset(FileOffset::new(file, 0)),
+        None => builder,
+    };
+    let mapping: MmapRegion = builder.build().map_err(io::Error::other)?;
+    GuestRegionMmap::new(mapping, GuestAddress(start)).ok_or_else(|| io::ErrorKind::InvalidInput.into())
+}
+
+/// `length` bytes of anonymous memory, aligned for huge pages.
+fn reserve(length: usize) -> io::Result<*mut u8> {
     let protection = libc::PROT_READ | libc::PROT_WRITE;
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
     let reserved = length.checked_add(HUGE_PAGE).ok_or(io::ErrorKind::OutOfMemory)?;
@@ -45,17 +97,31 @@ fn region(start: u64, length: u64) -> io::Result<GuestRegionMmap> {
     if address == libc::MAP_FAILED {
         return Err(io::Error::last_os_error());
     }
-    let aligned = address.cast::<u8>().wrapping_add(address.align_offset(HUGE_PAGE));
-    // SAFETY: the range was just mapped and is ours; the advice changes no content. Failing is harmless: a kernel
-    // without transparent huge pages gives small ones, one without DONTDUMP writes larger core files.
-    unsafe {
-        libc::madvise(aligned.cast(), length, libc::MADV_HUGEPAGE);
-        libc::madvise(aligned.cast(), length, libc::MADV_DONTDUMP);
+    let address = address.cast::<u8>();
+    Ok(address.wrapping_add(address.align_offset(HUGE_PAGE)))
+}
+
+/// A memory file of this length, which nobody can change: a process that shares it could otherwise shorten it, and the
+/// monitor would die of its next access.
+fn memory_file(length: u64) -> io::Result<File> {
+    let name = c"guest-memory";
+    let base = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+    // Kernels before 6.3 know no NOEXEC_SEAL, later ones complain where it is not used.
+    let fd = [base | libc::MFD_NOEXEC_SEAL, base]
+        .into_iter()
+        // SAFETY: the name is a C string.
+        .map(|flags| unsafe { libc::memfd_create(name.as_ptr(), flags) })
+        .find(|fd| *fd >= 0)
+        .ok_or_else(io::Error::last_os_error)?;
+    // SAFETY: a descriptor just made, owned by nobody else.
+    let file = unsafe { File::from_raw_fd(fd) };
+    file.set_len(length)?;
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    // SAFETY: F_ADD_SEALS takes no pointers.
+    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } < 0 {
+        return Err(io::Error::last_os_error());
     }
-    // SAFETY: aligned..aligned+length lies within the mapping made above, which is never unmapped.
-    let mapping =
-        unsafe { MmapRegion::build_raw(aligned, length, protection, flags) }.map_err(io::Error::other)?;
-    GuestRegionMmap::new(mapping, GuestAddress(start)).ok_or_else(|| io::ErrorKind::InvalidInput.into())
+    Ok(file)
 }
 
 /// Makes the memory the guest's. Done before the interrupt controller exists, since every change of the memory map
@@ -85,13 +151,29 @@ mod tests {
 
     #[test]
     fn memory_is_zero_aligned_and_has_the_hole() {
-        let memory = create((3 << 30) + (1 << 20)).unwrap();
-        assert_eq!(memory.num_regions(), 2);
-        for region in memory.iter() {
-            assert_eq!(region.as_ptr() as usize % HUGE_PAGE, 0);
+        for backing in [Backing::Private, Backing::Shared] {
+            let memory = create((3 << 30) + (1 << 20), backing).unwrap();
+            assert_eq!(memory.num_regions(), 2);
+            for region in memory.iter() {
+                assert_eq!(region.as_ptr() as usize % HUGE_PAGE, 0);
+                assert_eq!(region.file_offset().is_some(), backing == Backing::Shared);
+            }
+            assert!(memory.read_obj::<u64>(GuestAddress(layout::HOLE_START)).is_err());
+            assert_eq!(memory.read_obj::<u64>(GuestAddress(layout::HOLE_END)).unwrap(), 0);
+            assert_eq!(memory.last_addr().0, layout::HOLE_END + (1 << 20) - 1);
         }
-        assert!(memory.read_obj::<u64>(GuestAddress(layout::HOLE_START)).is_err());
-        assert_eq!(memory.read_obj::<u64>(GuestAddress(layout::HOLE_END)).unwrap(), 0);
-        assert_eq!(memory.last_addr().0, layout::HOLE_END + (1 << 20) - 1);
+    }
+
+    #[test]
+    fn shared_memory_is_the_files_and_stays_its_size() {
+        use std::os::unix::fs::FileExt;
+        let memory = create(1 << 20, Backing::Shared).unwrap();
+        memory.write_obj(0x1234_5678_u32, GuestAddress(4096)).unwrap();
+        let region = memory.iter().next().unwrap();
+        let file = region.file_offset().unwrap().file();
+        let mut bytes = [0; 4];
+        file.read_exact_at(&mut bytes, 4096).unwrap();
+        assert_eq!(u32::from_le_bytes(bytes), 0x1234_5678);
+        assert!(file.set_len(4096).is_err() && file.set_len(2 << 20).is_err());
     }
 }

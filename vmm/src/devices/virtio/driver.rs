@@ -8,7 +8,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::VirtioDevice;
 use super::mmio::MmioTransport;
 use crate::bus::BusDevice;
-use crate::memory::{self, GuestMemory};
+use crate::memory::{self, Backing, GuestMemory};
 
 const QUEUE_STRIDE: u64 = 0x1_0000;
 const QUEUES: u64 = 0x10_0000;
@@ -32,7 +32,8 @@ pub struct Driver {
 impl Driver {
     /// Sets the device up as a driver does.
     pub fn new(device: Box<dyn VirtioDevice>) -> Self {
-        let memory = Arc::new(memory::create(END).unwrap());
+        let backing = if device.is_remote() { Backing::Shared } else { Backing::Private };
+        let memory = Arc::new(memory::create(END, backing).unwrap());
         let sizes = device.queue_sizes().to_vec();
         let line = EventFd::new(libc::EFD_NONBLOCK).unwrap();
         let transport = MmioTransport::new(device, Arc::clone(&memory), line).unwrap();

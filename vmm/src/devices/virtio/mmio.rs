@@ -45,6 +45,9 @@ mod register {
     pub const QUEUE_DRIVER_HIGH: u64 = 0x94;
     pub const QUEUE_DEVICE_LOW: u64 = 0xa0;
     pub const QUEUE_DEVICE_HIGH: u64 = 0xa4;
+    /// Length and address of a shared memory region, of which no device here has one.
+    pub const SHM_FIRST: u64 = 0xb0;
+    pub const SHM_LAST: u64 = 0xbc;
     pub const CONFIG_GENERATION: u64 = 0xfc;
     pub const CONFIG: u64 = 0x100;
 }
@@ -66,7 +69,8 @@ pub struct MmioTransport {
     state: Mutex<State>,
     interrupt: Arc<Interrupt>,
     memory: Arc<GuestMemory>,
-    kicks: Vec<EventFd>,
+    kicks: Arc<[EventFd]>,
+    remote: bool,
     kick_count: AtomicU64,
 }
 
@@ -95,6 +99,8 @@ impl MmioTransport {
             .map(|_| EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC))
             .collect::<io::Result<_>>()?;
         let queues = fresh_queues(device.as_ref());
+        let remote = device.is_remote();
+        let interrupt = if remote { Interrupt::with_shared_line(line) } else { Interrupt::new(line) };
         let state = State {
             device,
             status: 0,
@@ -108,16 +114,22 @@ impl MmioTransport {
         };
         Ok(Self {
             state: Mutex::new(state),
-            interrupt: Arc::new(Interrupt::new(line)),
+            interrupt: Arc::new(interrupt),
             memory,
             kicks,
+            remote,
             kick_count: AtomicU64::new(0),
         })
     }
 
-    /// One eventfd per queue, written when the driver notifies it. They are watched edge-triggered and never read.
+    /// One eventfd per queue, written when the driver notifies it.
     pub fn kicks(&self) -> &[EventFd] {
         &self.kicks
+    }
+
+    /// Those to be served in the event loop. They are watched edge-triggered and never read.
+    pub fn local_kicks(&self) -> &[EventFd] {
+        if self.remote { &[] } else { &self.kicks }
     }
 
     /// The device's host descriptors.
@@ -232,6 +244,9 @@ impl MmioTransport {
             self.interrupt.acknowledge(u32::MAX);
             return;
         }
+        if state.status == 0 {
+            state.device.acknowledged();
+        }
         let mut value = value | (state.status & status::NEEDS_RESET);
         let offered = state.device.features();
         if value & status::FEATURES_OK != 0 && state.driver_features & !offered != 0 {
@@ -263,6 +278,7 @@ impl MmioTransport {
             queues: std::mem::take(&mut state.queues),
             interrupt: Arc::clone(&self.interrupt),
             features: state.driver_features,
+            kicks: Arc::clone(&self.kicks),
         };
         state.device.activate(activation);
         state.active = true;
@@ -288,6 +304,8 @@ impl State {
             register::QUEUE_READY => self.selected_queue().map_or(0, |queue| u32::from(queue.ready())),
             register::STATUS => self.status,
             register::CONFIG_GENERATION => 0,
+            // "Does not exist"; 0 would be a region of no bytes, which Linux takes for a broken device.
+            register::SHM_FIRST..=register::SHM_LAST => u32::MAX,
             _ => 0,
         }
     }

@@ -8,6 +8,7 @@ pub mod block;
 pub mod console;
 #[cfg(test)]
 mod driver;
+pub mod fs;
 pub mod interrupt;
 pub mod mmio;
 pub mod queue;
@@ -18,6 +19,7 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use virtio_queue::Queue;
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::GuestMemory;
 use interrupt::Interrupt;
@@ -70,6 +72,8 @@ pub struct Activation {
     pub interrupt: Arc<Interrupt>,
     /// Features that the driver accepted.
     pub features: u64,
+    /// The queues' notifications, for a device whose queues are served by somebody else.
+    pub kicks: Arc<[EventFd]>,
 }
 
 /// A virtio device without its transport.
@@ -79,7 +83,14 @@ pub trait VirtioDevice: Send {
     /// Name in messages and metrics.
     fn name(&self) -> &str;
     /// Size of each queue, powers of two.
-    fn queue_sizes(&self) -> &'static [u16];
+    fn queue_sizes(&self) -> &[u16];
+    /// Whether another process serves its queues. Notifications then go there and interrupts come from there without
+    /// passing through the monitor, and guest memory must be shared with it.
+    fn is_remote(&self) -> bool {
+        false
+    }
+    /// A driver has found the device and will ask for its features next.
+    fn acknowledged(&mut self) {}
     /// Features it offers.
     fn features(&self) -> u64;
     /// Its configuration space.

@@ -78,7 +78,7 @@ impl VirtioDevice for Block {
         &self.name
     }
 
-    fn queue_sizes(&self) -> &'static [u16] {
+    fn queue_sizes(&self) -> &[u16] {
         &[QUEUE_SIZE]
     }
 

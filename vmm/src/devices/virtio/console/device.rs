@@ -41,7 +41,7 @@ impl VirtioDevice for Console {
         "console"
     }
 
-    fn queue_sizes(&self) -> &'static [u16] {
+    fn queue_sizes(&self) -> &[u16] {
         &[64, 64]
     }
 

@@ -25,7 +25,7 @@ impl VirtioDevice for Rng {
         "rng"
     }
 
-    fn queue_sizes(&self) -> &'static [u16] {
+    fn queue_sizes(&self) -> &[u16] {
         &[16]
     }
 

@@ -49,7 +49,7 @@ impl VirtioDevice for Vsock {
         "vsock"
     }
 
-    fn queue_sizes(&self) -> &'static [u16] {
+    fn queue_sizes(&self) -> &[u16] {
         &QUEUE_SIZES
     }
 

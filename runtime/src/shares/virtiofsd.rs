@@ -1,0 +1,239 @@
+//! virtiofsd, the program: where it is, how it is run, how it ends.
+//!
+//! Its options, and why:
+//!
+//! - `--fd`: it is given its listening socket, to which we have connected already, so that nobody ever waits for it to
+//!   listen, and no socket is left on the disk. The connection is the monitor's only way to it: when the monitor ends, so
+//!   does virtiofsd.
+//! - `--sandbox chroot`: it runs in a mount namespace that we made, drops all capabilities but those over files, and
+//!   filters its system calls. `namespace` would add a second process that does nothing but wait.
+//! - `--cache auto`: the guest caches names and attributes for a second, and file contents until it opens a file that has
+//!   changed since. Engines and people change files from outside; `always` would show stale ones for ever, `never`
+//!   forbids shared mappings and asks for every byte.
+//! - no `--writeback`: a write that has returned is in the host's page cache, so killing the sandbox loses nothing of it.
+//! - `--xattr --posix-acl`: file capabilities and access lists mean in the guest what they mean on the host.
+//! - `--announce-submounts`: a mount below a share is one in the guest too, so that device and inode numbers together
+//!   name one file.
+//! - `--inode-file-handles never`: a descriptor for each inode the guest knows, so the limit on open files is high.
+//!   Handles would need CAP_DAC_READ_SEARCH, with which a virtiofsd taken over by the guest could open any file.
+
+use std::env;
+use std::ffi::CString;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use rustix::fs::CWD;
+use rustix::process::Signal;
+use rustix::thread::UnshareFlags;
+use vmm::config::FilesystemConfig;
+
+use super::{Shares, device, mount};
+use crate::{Context, Error, Result};
+
+/// Where distributions put it, besides PATH.
+const PLACES: [&str; 3] = ["/usr/libexec/virtiofsd", "/usr/lib/virtiofsd", "/usr/local/libexec/virtiofsd"];
+/// Names the program outright.
+const VARIABLE: &str = "BULKHEAD_VIRTIOFSD";
+
+/// What a virtiofsd ends with, besides its monitor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lifetime {
+    /// With the thread that starts it, for a supervisor.
+    Parent,
+    /// With its monitor alone, for a caller that ends before the sandbox does.
+    Monitor,
+}
+
+/// The program.
+///
+/// # Errors
+/// It is not there.
+pub fn find() -> Result<PathBuf> {
+    if let Some(named) = env::var_os(VARIABLE) {
+        let path = PathBuf::from(named);
+        return if is_program(&path) {
+            Ok(path)
+        } else {
+            Err(Error::Usage(format!("{VARIABLE} names {}, which is no program", path.display())))
+        };
+    }
+    let path = env::var_os("PATH").unwrap_or_default();
+    let candidates = env::split_paths(&path).map(|dir| dir.join("virtiofsd"));
+    candidates.chain(PLACES.iter().map(PathBuf::from)).find(|path| is_program(path)).ok_or_else(|| {
+        Error::Usage(format!(
+            "virtiofsd is not installed, and sharing directories of the host needs it: install the package virtiofsd \
+             (Debian 13, Ubuntu 24.04, Fedora, Arch and later), or name the program in {VARIABLE}"
+        ))
+    })
+}
+
+fn is_program(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
+}
+
+/// A virtiofsd under way. Dropping it ends it.
+#[derive(Debug)]
+pub struct Server {
+    child: Child,
+    /// The end for the monitor.
+    connection: Option<OwnedFd>,
+    left_alone: bool,
+}
+
+impl Server {
+    pub(super) fn start(shares: &Shares, lifetime: Lifetime, log: &File) -> Result<Self> {
+        let program = &shares.program;
+        let what = || format!("cannot start {}", program.display());
+        let (listener, connection) = sockets(&shares.directory).context(what)?;
+        let directory =
+            CString::new(shares.directory.as_os_str().as_bytes()).map_err(io::Error::other).context(what)?;
+        let staging = shares.staging.try_clone().context(what)?;
+        let shared: Vec<_> = shares
+            .shared
+            .iter()
+            .map(|shared| Ok((shared.tree.try_clone()?, shared.name.clone())))
+            .collect::<io::Result<_>>()
+            .context(what)?;
+        let parent = rustix::process::getpid();
+
+        let mut command = Command::new(program);
+        command
+            .arg(format!("--fd={}", listener.as_raw_fd()))
+            .arg(argument("--shared-dir=", &shares.directory))
+            .args(["--sandbox=chroot", "--cache=auto", "--xattr", "--posix-acl", "--announce-submounts"])
+            .args(["--inode-file-handles=never", "--log-level=warn"])
+            .current_dir("/")
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().context(what)?)
+            .stderr(log.try_clone().context(what)?);
+        let prepare = move || -> io::Result<()> {
+            if lifetime == Lifetime::Parent {
+                step("ask to end with its parent", die_with(parent))?;
+            }
+            // A terminal's Ctrl-C is for the container.
+            step("start a session", rustix::process::setsid().map(drop).map_err(Into::into))?;
+            // SAFETY: of a process with one thread, which shares no file table with another.
+            let unshared = unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) };
+            step("make a mount namespace", unshared.map_err(Into::into))?;
+            step("make the mount namespace private", mount::seclude())?;
+            step("mount the staging directory", mount::put(staging.as_fd(), CWD, &directory))?;
+            for (tree, name) in &shared {
+                step("bind a shared directory", mount::put(tree.as_fd(), staging.as_fd(), name))?;
+            }
+            step("make the staging directory read-only", mount::close(staging.as_fd()))?;
+            step("hand over the socket", inherit(listener.as_fd()))
+        };
+        // SAFETY: between fork and execve the closure makes system calls on what was prepared before; it takes no lock
+        // and allocates nothing.
+        unsafe { command.pre_exec(prepare) };
+        let child = command.spawn().context(|| format!("{}; its log may say more", what()))?;
+        // The closure, and the descriptors in it, go with the command.
+        drop(command);
+        Ok(Self { child, connection: Some(connection.into()), left_alone: false })
+    }
+
+    /// The device for the monitor's configuration. The monitor must inherit [`Server::connection`].
+    #[must_use]
+    pub fn filesystem(&self) -> Option<FilesystemConfig> {
+        self.connection.as_ref().map(|connection| device(connection.as_raw_fd()))
+    }
+
+    /// Makes `command`, the monitor's, inherit the connection.
+    pub fn hand_over(&self, command: &mut Command) {
+        let Some(connection) = &self.connection else { return };
+        let fd = connection.as_raw_fd();
+        // SAFETY: one system call between fork and execve, on a descriptor that is open for as long as `self`, which
+        // outlives the start of the monitor or else makes it fail with EBADF.
+        unsafe { command.pre_exec(move || inherit(BorrowedFd::borrow_raw(fd))) };
+    }
+
+    /// The monitor has been started: from now on its end is virtiofsd's.
+    pub fn handed_over(&mut self) {
+        self.connection = None;
+    }
+
+    /// Its process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Leaves it to its monitor.
+    pub fn leave(mut self) {
+        self.left_alone = true;
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if !self.left_alone {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+    }
+}
+
+fn argument(option: &str, path: &Path) -> std::ffi::OsString {
+    let mut argument = std::ffi::OsString::from(option);
+    argument.push(path);
+    argument
+}
+
+/// A listening socket with one connection to it, and no name any more.
+fn sockets(directory: &Path) -> io::Result<(UnixListener, UnixStream)> {
+    let path = directory.with_file_name("virtiofsd.sock");
+    let _ = fs::remove_file(&path);
+    let listener = UnixListener::bind(&path)?;
+    let connection = UnixStream::connect(&path);
+    let removed = fs::remove_file(&path);
+    Ok((listener, connection.and_then(|connection| removed.map(|()| connection))?))
+}
+
+/// Writes into the log which step failed: the error alone would not say.
+fn step(what: &str, result: io::Result<()>) -> io::Result<()> {
+    if result.is_err() {
+        let log = rustix::stdio::stderr();
+        for part in ["bulkhead: cannot ", what, "\n"] {
+            let _ = rustix::io::write(log, part.as_bytes());
+        }
+    }
+    result
+}
+
+fn die_with(parent: rustix::process::Pid) -> io::Result<()> {
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+    // It may have ended before that.
+    if rustix::process::getppid() == Some(parent) { Ok(()) } else { Err(io::ErrorKind::NotConnected.into()) }
+}
+
+fn inherit(fd: BorrowedFd<'_>) -> io::Result<()> {
+    Ok(rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty())?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_sockets_are_connected_and_leave_no_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let (listener, connection) = sockets(&dir.path().join("shares")).unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+        let (theirs, _) = listener.accept().unwrap();
+        drop(theirs);
+        assert_eq!(io::Read::read(&mut &connection, &mut [0; 1]).unwrap(), 0);
+    }
+
+    #[test]
+    fn a_directory_is_no_program() {
+        assert!(!is_program(Path::new("/usr")));
+        assert!(is_program(Path::new("/bin/sh")));
+    }
+}
