@@ -77,6 +77,7 @@ impl Monitor {
                 cmdline: CMDLINE.into(),
             },
             disks,
+            networks: Vec::new(),
             vsock: Some(VsockConfig { cid: 3, socket: files.vsock() }),
             rng: true,
             console: ConsoleConfig::default(),
