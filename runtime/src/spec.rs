@@ -247,6 +247,12 @@ pub(crate) fn container(options: &RunOptions, process: Value, hostname: &str, id
     }
     let sysctl: serde_json::Map<_, _> =
         options.sysctls.iter().map(|(name, value)| (name.clone(), json!(value))).collect();
+    let mut namespaces = vec!["pid", "mount", "ipc", "uts", "cgroup"];
+    // With a network, the container shares the guest's, in which there is nobody else.
+    if !options.network.is_some() {
+        namespaces.push("network");
+    }
+    let namespaces: Vec<_> = namespaces.iter().map(|kind| json!({"type": kind})).collect();
     json!({
         "ociVersion": "1.2.0",
         "process": process,
@@ -254,10 +260,7 @@ pub(crate) fn container(options: &RunOptions, process: Value, hostname: &str, id
         "hostname": hostname,
         "mounts": mounts(options),
         "linux": {
-            "namespaces": [
-                {"type": "pid"}, {"type": "mount"}, {"type": "ipc"}, {"type": "uts"}, {"type": "network"},
-                {"type": "cgroup"},
-            ],
+            "namespaces": namespaces,
             "cgroupsPath": format!("/{id}"),
             "resources": resources,
             "sysctl": sysctl,

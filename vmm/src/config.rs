@@ -121,7 +121,8 @@ pub struct NetworkConfig {
     /// Name of a tap in the monitor's network namespace; one that does not exist is made and ends with the monitor.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tap: Option<String>,
-    /// Number of an open descriptor of a tap with `IFF_VNET_HDR` that the monitor inherits.
+    /// Number of an open descriptor that the monitor inherits: of a tap with `IFF_VNET_HDR`, or of a connected unix
+    /// stream socket as `socket`'s.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fd: Option<i32>,
     /// Unix socket that carries frames after their length in four bytes, most significant first: passt's.

@@ -1,6 +1,8 @@
 //! The recipe: how a microVM is made, runs and ends. Read [`Machine::build`] top to bottom.
 
 use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -371,12 +373,20 @@ fn open_network(network: &NetworkConfig, number: usize) -> Result<Net> {
         }
         NetworkConfig { fd, .. } => {
             let fd = fd.unwrap_or(-1);
-            (format!("descriptor {fd}"), inherited(fd).and_then(Tap::from_fd).map(|tap| Box::new(tap) as _))
+            (format!("descriptor {fd}"), inherited(fd).and_then(backend_of))
         }
     };
     let backend = backend.map_err(|source| Error::Network { what, source })?;
     let mac = network.mac().map_err(Error::Config)?;
     Ok(Net::new(&format!("net{number}"), backend, mac, network.mtu))
+}
+
+/// A socket carries frames, as passt's does; everything else must be a tap.
+fn backend_of(fd: OwnedFd) -> std::io::Result<Box<dyn Backend>> {
+    let file = std::fs::File::from(fd);
+    let is_socket = file.metadata()?.file_type().is_socket();
+    let fd = OwnedFd::from(file);
+    Ok(if is_socket { Box::new(Stream::new(UnixStream::from(fd))?) } else { Box::new(Tap::from_fd(fd)?) })
 }
 
 /// Takes over descriptor `fd`, which the configuration says was handed down for this. `Config::check` has seen to it

@@ -12,6 +12,7 @@ use crate::agent::Agent;
 use crate::container::cgroup::Machine;
 use crate::error::{Context, Error, Result, check};
 use crate::hw;
+use crate::network;
 
 /// More entropy than this is of no use.
 const MAX_ENTROPY: usize = 1024;
@@ -47,6 +48,9 @@ pub fn configure(request: &ConfigureRequest) -> Result<GuestInfo> {
             tv_nsec: request.realtime_ns.rem_euclid(1_000_000_000),
         };
         rustix::time::clock_settime(ClockId::Realtime, time).context(|| "set the clock")?;
+    }
+    if let Some(network) = &request.network {
+        network::configure(network)?;
     }
     let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get() as u32);
     Ok(GuestInfo {
