@@ -1,8 +1,10 @@
 //! The command line. Flags have docker's names and meanings.
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 use bulkhead_runtime::binds::{Bind, Mounting};
+use bulkhead_runtime::network::{NetworkWish, Port};
 use bulkhead_runtime::options::{
     Tmpfs, Ulimit, parse_capability, parse_cpus, parse_signal, parse_size, parse_sysctl,
 };
@@ -136,6 +138,16 @@ pub struct RunArgs {
     /// Keys that leave a terminal with the container running [default: ctrl-p,ctrl-q].
     #[arg(long, value_name = "KEYS")]
     pub detach_keys: Option<String>,
+    /// Network: none (loopback only), ns:PATH (a network namespace), or passt (user-mode, no rights needed)
+    /// [default: none].
+    #[arg(long, visible_alias = "net", value_name = "NETWORK", value_parser = NetworkWish::parse)]
+    pub network: Option<NetworkWish>,
+    /// With --network passt: let a port of the host lead to one of the container.
+    #[arg(short, long, value_name = "[IP:]HOST:CONTAINER[/udp]", value_parser = Port::parse)]
+    pub publish: Vec<Port>,
+    /// Name server, instead of the host's.
+    #[arg(long, value_name = "ADDRESS")]
+    pub dns: Vec<IpAddr>,
     /// Image: a name, an id, or the beginning of an id.
     pub image: String,
     /// Command and arguments instead of the image's.

@@ -10,6 +10,7 @@ mod boot;
 mod container;
 mod error;
 mod hw;
+mod network;
 mod reaper;
 mod rpc;
 mod streams;

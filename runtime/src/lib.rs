@@ -17,6 +17,7 @@ pub mod launch;
 pub mod logs;
 mod monitor;
 pub mod names;
+pub mod network;
 pub mod options;
 mod paths;
 mod relay;

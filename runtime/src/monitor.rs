@@ -1,7 +1,7 @@
 //! The monitor's process: its configuration, its start, and what it has to say when it does not go well.
 
 use std::fs::{self, File};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde_json::Value;
-use vmm::config::{BootConfig, Config, ConsoleConfig, DiskConfig, MachineConfig, VsockConfig};
+use vmm::config::{BootConfig, Config, ConsoleConfig, DiskConfig, MachineConfig, NetworkConfig, VsockConfig};
 
+use crate::network::{self, Network};
 use crate::shares::Server;
 use crate::state::Files;
 use crate::{Artefacts, Context, Error, Result};
@@ -51,6 +52,27 @@ impl Shape {
     }
 }
 
+/// The guest's network, and what the monitor connects its interfaces to: one descriptor each, in order.
+#[derive(Default)]
+pub(crate) struct Links {
+    pub network: Network,
+    pub fds: Vec<OwnedFd>,
+}
+
+impl Links {
+    fn configs(&self) -> Vec<NetworkConfig> {
+        let both = self.network.interfaces.iter().zip(&self.fds);
+        both.map(|(interface, fd)| NetworkConfig {
+            tap: None,
+            fd: Some(fd.as_raw_fd()),
+            socket: None,
+            mac: Some(interface.mac.clone()),
+            mtu: u16::try_from(interface.mtu).unwrap_or(u16::MAX),
+        })
+        .collect()
+    }
+}
+
 /// A monitor under way.
 pub(crate) struct Monitor {
     child: Child,
@@ -70,6 +92,7 @@ impl Monitor {
         shape: &Shape,
         disks: Vec<DiskConfig>,
         shares: Option<&mut Server>,
+        links: &Links,
     ) -> Result<Self> {
         let config = Config {
             machine: MachineConfig { vcpus: shape.vcpus, memory_mib: shape.memory_mib },
@@ -80,6 +103,7 @@ impl Monitor {
             },
             disks,
             filesystems: shares.iter().filter_map(|server| server.filesystem()).collect(),
+            networks: links.configs(),
             vsock: Some(VsockConfig { cid: 3, socket: files.vsock() }),
             rng: true,
             console: ConsoleConfig::default(),
@@ -108,6 +132,7 @@ impl Monitor {
         if let Some(server) = &shares {
             server.hand_over(&mut command);
         }
+        network::inherit(&mut command, links.fds.iter().map(AsRawFd::as_raw_fd).collect());
         let child = command.spawn().context(what)?;
         if let Some(server) = shares {
             server.handed_over();

@@ -1,10 +1,12 @@
 //! What a person can ask of `run`, and how its values are written.
 
+use std::net::IpAddr;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
 use crate::binds::Bind;
+use crate::network::{NetworkWish, Port};
 use crate::{Error, Result};
 
 /// The wishes of `bulkhead run`, after parsing and before the image has its say.
@@ -57,6 +59,12 @@ pub struct RunOptions {
     pub stop_signal: Option<String>,
     /// What typing detaches from a terminal, in docker's notation.
     pub detach_keys: Option<String>,
+    /// Which network it gets.
+    pub network: NetworkWish,
+    /// Ports of the host that lead to it.
+    pub publish: Vec<Port>,
+    /// Name servers, instead of the host's.
+    pub dns: Vec<IpAddr>,
 }
 
 impl RunOptions {

@@ -13,6 +13,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
+use crate::network::{self, NetworkWish};
 use crate::options::RunOptions;
 use crate::{Context, Error, Layout, Result, names};
 
@@ -343,6 +344,7 @@ impl Record {
                 error: "its supervisor was killed".into(),
                 ..Exit::default()
             });
+            record.leave_network();
             if record.options.auto_remove {
                 remove_files(layout, files, &record.name)?;
             } else {
@@ -360,6 +362,16 @@ impl Record {
         self.finished_ns = now_ns();
         self.supervisor_pid = 0;
         self.monitor_pid = 0;
+    }
+
+    /// Takes what joined the container to a network namespace out of it. What cannot be removed is told, and in nobody's
+    /// way: the next sandbox in that namespace removes it.
+    pub(crate) fn leave_network(&self) {
+        if let NetworkWish::Namespace(namespace) = &self.options.network
+            && let Err(error) = network::detach(namespace, &self.id)
+        {
+            eprintln!("bulkhead: {}", error.chain());
+        }
     }
 
     /// Waits until the supervisor has ended, and answers the container's exit status; `None` if the supervisor was

@@ -22,7 +22,9 @@ use serde_json::Value;
 use vmm::config::DiskConfig;
 
 use crate::guest::{Agent, Guest};
-use crate::monitor::{Monitor, Shape};
+use crate::monitor::{Links, Monitor, Shape};
+use crate::network::{self, Network, NetworkWish, Passt};
+use crate::options::RunOptions;
 use crate::relay::{Ends, Relay, Streams};
 use crate::shares::{Lifetime, Server, Shares};
 use crate::state::{Exit, Files, Record, Status, now_ns, release, remove_files};
@@ -107,6 +109,8 @@ struct Supervisor {
     guest: Guest,
     /// Serves what of the host the container sees.
     server: Option<Server>,
+    /// What the guest is given; known once the monitor is started.
+    network: Network,
     /// The caller of `run` still listens.
     attended: bool,
 }
@@ -114,7 +118,8 @@ struct Supervisor {
 /// Runs a container to its end and puts everything away. Answers the exit status for the process.
 pub(crate) fn run(plan: Plan) -> u8 {
     let guest = Guest::new(&plan.files.vsock());
-    let mut supervisor = Supervisor { attended: true, guest, plan, server: None };
+    let mut supervisor =
+        Supervisor { attended: true, guest, plan, server: None, network: Network::default() };
     let outcome = supervisor.live();
     supervisor.put_away(outcome)
 }
@@ -184,7 +189,15 @@ impl Supervisor {
             trace::mark("virtiofsd spawned");
         }
         let shape = Shape::new(record.options.memory, record.options.milli_cpus);
-        let mut monitor = Monitor::start(&self.plan.artefacts, files, &shape, disks, self.server.as_mut())?;
+        let links = links(record)?;
+        if record.options.network.is_some() {
+            trace::mark("network joined");
+        }
+        let mut monitor =
+            Monitor::start(&self.plan.artefacts, files, &shape, disks, self.server.as_mut(), &links)?;
+        // The monitor has the descriptors now, and the taps are to end with it alone.
+        drop(links.fds);
+        self.network = links.network;
         trace::mark("monitor spawned");
         self.plan.record.monitor_pid = monitor.pid();
         self.plan.record.save(&self.plan.files)?;
@@ -211,6 +224,7 @@ impl Supervisor {
             entropy,
             realtime_ns: i64::try_from(now_ns()).unwrap_or(0),
             shares: self.server.iter().map(|_| shares::TAG.to_owned()).collect(),
+            network: self.plan.record.options.network.is_some().then(|| self.network.to_message()),
         };
         let info: GuestInfo =
             agent.call("Configure", &request).context(|| "cannot set the guest up".into())?;
@@ -249,7 +263,10 @@ impl Supervisor {
                 shared: String::new(),
             }),
             stdio: Some(stdio),
-            files: etc(hostname).into_iter().filter(|file| !options.covers(&file.path)).collect(),
+            files: etc(hostname, options, &self.network)
+                .into_iter()
+                .filter(|file| !options.covers(&file.path))
+                .collect(),
         };
         let _: CreateContainerResponse = agent.call("CreateContainer", &request).map_err(cannot_start)?;
         trace::mark("container created");
@@ -371,6 +388,7 @@ impl Supervisor {
         };
         let code = exit.code;
         record.finish(exit);
+        record.leave_network();
         // A container that never ran leaves nothing, as with docker run --rm; one that ran stays unless told not to.
         let removed = if record.options.auto_remove || !started {
             remove_files(layout, files, &record.name)
@@ -388,15 +406,44 @@ impl Supervisor {
     }
 }
 
-/// The files in `/etc` that every container gets. There is no name server: a container has a loopback interface only.
-fn etc(hostname: &str) -> Vec<bulkhead_protocol::agent::File> {
+/// Joins the network that was wished for.
+fn links(record: &Record) -> Result<Links> {
+    match &record.options.network {
+        NetworkWish::None => Ok(Links::default()),
+        NetworkWish::Namespace(namespace) => {
+            let attachment = network::attach(namespace, &record.id)?;
+            Ok(Links { network: attachment.network, fds: attachment.taps })
+        }
+        NetworkWish::Passt => {
+            let passt = Passt::start(&record.options.publish)?;
+            Ok(Links { network: passt.network, fds: vec![passt.socket] })
+        }
+    }
+}
+
+/// The files in `/etc` that every container gets; a name server only where there is a network to ask it by.
+fn etc(hostname: &str, options: &RunOptions, network: &Network) -> Vec<bulkhead_protocol::agent::File> {
     let file = |path: &str, content: String| bulkhead_protocol::agent::File {
         path: path.into(),
         mode: 0o644,
         content: content.into_bytes(),
     };
-    let hosts = format!("127.0.0.1\tlocalhost {hostname}\n::1\tlocalhost ip6-localhost ip6-loopback\n");
-    vec![file("/etc/hostname", format!("{hostname}\n")), file("/etc/hosts", hosts)]
+    let mut files = vec![
+        file("/etc/hostname", format!("{hostname}\n")),
+        file("/etc/hosts", network::hosts(hostname, network)),
+    ];
+    let servers = match options.network {
+        NetworkWish::Passt if options.dns.is_empty() => Passt::name_servers(),
+        _ => options.dns.clone(),
+    };
+    let namespace = match &options.network {
+        NetworkWish::Namespace(namespace) => Some(namespace),
+        _ => None,
+    };
+    if options.network.is_some() || !servers.is_empty() {
+        files.push(file("/etc/resolv.conf", network::resolv_conf(&servers, namespace)));
+    }
+    files
 }
 
 /// Whether a signal would end an ordinary program: then it ends a start that is under way.

@@ -9,6 +9,7 @@ mod framework;
 mod isolation;
 mod many;
 mod monitor;
+mod network;
 mod real_images;
 mod run;
 mod terminal;

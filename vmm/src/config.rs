@@ -18,6 +18,14 @@ pub const MAX_VCPUS: u8 = 32;
 pub const MAX_DISKS: usize = 12;
 /// Most shared file systems a machine can have.
 pub const MAX_FILESYSTEMS: usize = 4;
+/// Most network interfaces a machine can have.
+pub const MAX_NETWORKS: usize = 8;
+/// Most disks, file systems and network interfaces together: interrupt lines.
+const MAX_DEVICES: usize = 16;
+/// Range of MTUs: what IPv4 needs, what the header of an IP packet can say.
+const MTUS: std::ops::RangeInclusive<u16> = 68..=65535;
+/// MTU of Ethernet.
+const DEFAULT_MTU: u16 = 1500;
 /// Most layers a composite disk can have: entries in its partition table.
 pub const MAX_LAYERS: usize = 128;
 /// Most request queues of a shared file system.
@@ -40,6 +48,9 @@ pub struct Config {
     /// Directories of the host, each served by a process outside of the monitor.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub filesystems: Vec<FilesystemConfig>,
+    /// Network interfaces.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub networks: Vec<NetworkConfig>,
     /// Sockets between host and guest; absent: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock: Option<VsockConfig>,
@@ -143,6 +154,32 @@ fn one() -> u16 {
 
 fn default_queue_size() -> u16 {
     512
+}
+
+/// One network interface: exactly one of `tap`, `fd` and `socket` says what it is connected to.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkConfig {
+    /// Name of a tap in the monitor's network namespace; one that does not exist is made and ends with the monitor.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tap: Option<String>,
+    /// Number of an open descriptor that the monitor inherits: of a tap with `IFF_VNET_HDR`, or of a connected unix
+    /// stream socket as `socket`'s.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fd: Option<i32>,
+    /// Unix socket that carries frames after their length in four bytes, most significant first: passt's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket: Option<PathBuf>,
+    /// The guest's address, like `02:00:00:00:00:01`; absent: the guest makes one up.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<String>,
+    /// Largest packet without Ethernet header, 68 to 65535.
+    #[serde(default = "default_mtu")]
+    pub mtu: u16,
+}
+
+fn default_mtu() -> u16 {
+    DEFAULT_MTU
 }
 
 /// Sockets between host and guest.
@@ -306,12 +343,80 @@ impl Config {
                 return complain("two filesystems have the same \"fd\"".to_owned());
             }
         }
+        if self.networks.len() > MAX_NETWORKS {
+            return complain(format!(
+                "{} networks are asked for, but at most {MAX_NETWORKS} fit",
+                self.networks.len()
+            ));
+        }
+        if self.disks.len() + self.filesystems.len() + self.networks.len() > MAX_DEVICES {
+            return complain(format!(
+                "{} disks, {} filesystems and {} networks are asked for, but at most {MAX_DEVICES} of them fit",
+                self.disks.len(),
+                self.filesystems.len(),
+                self.networks.len()
+            ));
+        }
+        for (network, number) in self.networks.iter().zip(0..) {
+            network.check().map_err(|why| Error::Config(format!("networks[{number}]: {why}")))?;
+            if let Some(fd) = network.fd
+                && self.networks.iter().filter(|other| other.fd == Some(fd)).count() > 1
+            {
+                return complain(format!("networks[{number}]: two networks have \"fd\": {fd}"));
+            }
+        }
         if let Some(vsock) = &self.vsock
             && (vsock.cid < 3 || vsock.cid == u32::MAX)
         {
             return complain(format!("vsock.cid is {}, but 0, 1, 2 and 2^32-1 are reserved", vsock.cid));
         }
         Ok(())
+    }
+}
+
+impl NetworkConfig {
+    /// The guest's address, once it has been checked.
+    ///
+    /// # Errors
+    /// It is none, or one of a group.
+    pub fn mac(&self) -> Result<Option<[u8; 6]>, String> {
+        let Some(text) = &self.mac else { return Ok(None) };
+        let bad = || format!("\"mac\" is {text:?}, but must be six bytes like 02:00:00:00:00:01");
+        let mut mac = [0; 6];
+        let mut parts = text.split(':');
+        for byte in &mut mac {
+            let digits = |part: &&str| part.len() == 2 && part.bytes().all(|b| b.is_ascii_hexdigit());
+            let part = parts.next().filter(digits).ok_or_else(bad)?;
+            *byte = u8::from_str_radix(part, 16).map_err(|_| bad())?;
+        }
+        if parts.next().is_some() {
+            return Err(bad());
+        }
+        if mac[0] & 1 != 0 || mac == [0; 6] {
+            return Err(format!("\"mac\" is {text}, which cannot be the address of one interface"));
+        }
+        Ok(Some(mac))
+    }
+
+    fn check(&self) -> Result<(), String> {
+        let ways = usize::from(self.tap.is_some())
+            + usize::from(self.fd.is_some())
+            + usize::from(self.socket.is_some());
+        if ways != 1 {
+            return Err("it needs exactly one of \"tap\", \"fd\" and \"socket\"".to_owned());
+        }
+        if let Some(name) = &self.tap
+            && (name.is_empty() || name.len() >= libc::IFNAMSIZ || name.contains(['/', '%', '\0']))
+        {
+            return Err(format!("\"tap\" is {name:?}, but must be an interface's name of 1 to 15 bytes"));
+        }
+        if self.fd.is_some_and(|fd| fd < 3) {
+            return Err("\"fd\" must be 3 or more: the others are the standard streams".to_owned());
+        }
+        if !MTUS.contains(&self.mtu) {
+            return Err(format!("\"mtu\" is {}, but must be {} to {}", self.mtu, MTUS.start(), MTUS.end()));
+        }
+        self.mac().map(drop)
     }
 }
 
@@ -435,6 +540,17 @@ mod tests {
             (r#"{"boot":{"kernel":"k"},"filesystems":[{"tag":"t","fd":5,"queues":0}]}"#, "queues"),
             (r#"{"boot":{"kernel":"k"},"filesystems":[{"tag":"t","fd":5},{"tag":"t","fd":6}]}"#, "tag"),
             (r#"{"boot":{"kernel":"k"},"filesystems":[{"tag":"t","fd":5},{"tag":"u","fd":5}]}"#, "fd"),
+            (r#"{"boot":{"kernel":"k"},"networks":[{}]}"#, "exactly one"),
+            (r#"{"boot":{"kernel":"k"},"networks":[{"tap":"t","fd":4}]}"#, "exactly one"),
+            (r#"{"boot":{"kernel":"k"},"networks":[{"fd":1}]}"#, "standard"),
+            (r#"{"boot":{"kernel":"k"},"networks":[{"fd":4},{"fd":4}]}"#, "two networks"),
+            (r#"{"boot":{"kernel":"k"},"networks":[{"tap":"a name that is too long"}]}"#, "15"),
+            (r#"{"boot":{"kernel":"k"},"networks":[{"tap":"t","mtu":67}]}"#, "mtu"),
+            (r#"{"boot":{"kernel":"k"},"networks":[{"tap":"t","mac":"x"}]}"#, "mac"),
+            (
+                r#"{"boot":{"kernel":"k"},"networks":[{"tap":"t","mac":"01:00:00:00:00:01"}]}"#,
+                "one interface",
+            ),
         ] {
             let error = parse(text).unwrap_err();
             assert!(error.to_string().contains(word), "{text}: {error}");
@@ -447,6 +563,7 @@ mod tests {
         let text = r#"{"boot":{"kernel":"k","initramfs":"i","cmdline":"c"},
             "disks":[{"id":"a","read_only":true,"layers":["l1","l2"]},{"id":"b","path":"p"}],
             "filesystems":[{"tag":"t","socket":"s"},{"tag":"u","fd":7,"queues":2,"queue_size":64}],
+            "networks":[{"tap":"t","mac":"02:00:00:00:00:01","mtu":9000},{"fd":7},{"socket":"s"}],
             "vsock":{"cid":3,"socket":"s"},"console":{"output":"/tmp/o","input":"stdin","ring_kib":1},
             "serial":{"output":"stdout"},"control":"c","report":"r"}"#;
         let config = parse(text).unwrap();

@@ -115,6 +115,14 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
+    /// What a network interface should be connected to cannot be used.
+    #[error("cannot use the network {what}")]
+    Network {
+        /// Which, in words.
+        what: String,
+        /// Why.
+        source: io::Error,
+    },
     /// Guest memory refused an access that the monitor's own layout should have made possible.
     #[error("cannot write the {what} into guest memory")]
     GuestMemory {
@@ -135,7 +143,9 @@ impl Error {
             | Self::CmdlineTooLong { .. } => STATUS_USAGE,
             Self::Input { .. } | Self::BadKernel { .. } | Self::Backend { .. } => STATUS_NO_INPUT,
             Self::KvmOpen { .. } | Self::KvmLacks(_) | Self::Kvm { .. } => STATUS_KVM_UNUSABLE,
-            Self::Os { .. } | Self::Listen { .. } | Self::GuestMemory { .. } => STATUS_OS,
+            Self::Os { .. } | Self::Listen { .. } | Self::Network { .. } | Self::GuestMemory { .. } => {
+                STATUS_OS
+            }
         }
     }
 

@@ -94,9 +94,10 @@ impl MutEventSubscriber for DeviceEvents {
         for (kick, index) in self.transport.local_kicks().iter().zip(0..) {
             watch(ops, Events::with_data(kick, index, edge));
         }
+        let room = if self.transport.waits_for_room() { EventSet::OUT } else { EventSet::empty() };
         for fd in self.transport.host_fds() {
             // Regular files are always ready and cannot be watched: /dev/null as standard input is one.
-            let _ = ops.add(Events::with_data_raw(fd, HOST, edge));
+            let _ = ops.add(Events::with_data_raw(fd, HOST, edge | room));
         }
     }
 

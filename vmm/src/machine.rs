@@ -1,6 +1,8 @@
 //! The recipe: how a microVM is made, runs and ends. Read [`Machine::build`] top to bottom.
 
-use std::os::fd::FromRawFd;
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixStream;
 use std::panic::resume_unwind;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -13,7 +15,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::{boot, cpuid, layout, regs};
 use crate::bus::{Bus, BusDevice};
-use crate::config::{Config, DiskConfig};
+use crate::config::{Config, DiskConfig, NetworkConfig};
 use crate::control::server::Server;
 use crate::devices::console_output::{ConsoleOutput, Outlet};
 use crate::devices::legacy::{
@@ -26,6 +28,7 @@ use crate::devices::virtio::block::disk::Disk;
 use crate::devices::virtio::console::Console;
 use crate::devices::virtio::fs::Fs;
 use crate::devices::virtio::mmio::{self, MmioTransport};
+use crate::devices::virtio::net::{Backend, Net, Stream, Tap};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::Vsock;
 use crate::error::{Error, Result};
@@ -291,6 +294,9 @@ impl Devices {
         for filesystem in &config.filesystems {
             slots.attach(Box::new(Fs::new(filesystem, exit.clone())?))?;
         }
+        for (network, number) in config.networks.iter().zip(0..) {
+            slots.attach(Box::new(open_network(network, number)?))?;
+        }
         if let Some(vsock) = &config.vsock {
             slots.attach(Box::new(Vsock::new(vsock.cid, &vsock.socket)?))?;
         }
@@ -346,7 +352,7 @@ impl Slots<'_> {
     fn attach(&mut self, device: Box<dyn VirtioDevice>) -> Result<()> {
         let slot = self.virtio.len() as u64;
         let address = layout::MMIO_START + slot * layout::MMIO_SIZE;
-        // `Config::check` limits the number of disks so that the lines suffice.
+        // `Config::check` limits the number of disks and networks so that the lines suffice.
         let irq = layout::FIRST_IRQ + slot as u32;
 
         let line = irqfd(self.vm, irq)?;
@@ -391,4 +397,47 @@ fn open_disk(disk: &DiskConfig) -> Result<Disk> {
         Some(path) => Disk::raw(path, disk.read_only).map_err(|source| input((path.clone(), source))),
         None => Disk::composite(&disk.id, &disk.layers).map_err(input),
     }
+}
+
+/// Opens what interface `number` is connected to.
+fn open_network(network: &NetworkConfig, number: usize) -> Result<Net> {
+    let (what, backend): (_, std::io::Result<Box<dyn Backend>>) = match network {
+        NetworkConfig { tap: Some(name), .. } => {
+            (format!("tap {name:?}"), Tap::open(name).map(|tap| Box::new(tap) as _))
+        }
+        NetworkConfig { socket: Some(path), .. } => {
+            (format!("socket {path:?}"), Stream::connect(path).map(|stream| Box::new(stream) as _))
+        }
+        NetworkConfig { fd, .. } => {
+            let fd = fd.unwrap_or(-1);
+            (format!("descriptor {fd}"), inherited(fd).and_then(backend_of))
+        }
+    };
+    let backend = backend.map_err(|source| Error::Network { what, source })?;
+    let mac = network.mac().map_err(Error::Config)?;
+    Ok(Net::new(&format!("net{number}"), backend, mac, network.mtu))
+}
+
+/// A socket carries frames, as passt's does; everything else must be a tap.
+fn backend_of(fd: OwnedFd) -> std::io::Result<Box<dyn Backend>> {
+    let file = std::fs::File::from(fd);
+    let is_socket = file.metadata()?.file_type().is_socket();
+    let fd = OwnedFd::from(file);
+    Ok(if is_socket { Box::new(Stream::new(UnixStream::from(fd))?) } else { Box::new(Tap::from_fd(fd)?) })
+}
+
+/// Takes over descriptor `fd`, which the configuration says was handed down for this. `Config::check` has seen to it
+/// that no two networks name the same.
+fn inherited(fd: i32) -> std::io::Result<OwnedFd> {
+    // SAFETY: F_GETFD reads no memory.
+    let flags = unsafe { libc::fcntl(fd, libc::F_GETFD) };
+    if flags < 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    // All of the monitor's own descriptors close on exec; one that does not was inherited.
+    if flags & libc::FD_CLOEXEC != 0 {
+        return Err(std::io::Error::other("the monitor did not inherit it"));
+    }
+    // SAFETY: it is open and, having been inherited, belongs to nothing else in this process.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

@@ -3,6 +3,7 @@
 use bulkhead_image::{Image, Store};
 use bulkhead_runtime::binds::Mounting;
 use bulkhead_runtime::launch::{self, Launched};
+use bulkhead_runtime::network::{NetworkWish, Port};
 use bulkhead_runtime::options::RunOptions;
 use bulkhead_runtime::{Error, Layout, doctor, trace};
 
@@ -46,6 +47,9 @@ pub fn run(layout: &Layout, args: RunArgs) -> Outcome {
         storage: args.storage,
         stop_signal: args.stop_signal,
         detach_keys: args.detach_keys,
+        network: network(args.network, &args.publish)?,
+        publish: args.publish,
+        dns: args.dns,
     };
     let image = find_or_pull(layout, &store, &args.image)?;
     trace::mark("image resolved");
@@ -62,6 +66,19 @@ pub fn run(layout: &Layout, args: RunArgs) -> Outcome {
             Ok(code)
         }
     }
+}
+
+/// Ports are published by passt; whoever prepares a namespace does that there himself.
+fn network(wish: Option<NetworkWish>, publish: &[Port]) -> Result<NetworkWish, Error> {
+    let wish = wish.unwrap_or_default();
+    if publish.is_empty() || wish == NetworkWish::Passt {
+        return Ok(wish);
+    }
+    Err(Error::Usage(
+        "-p publishes a port with --network passt only: without a network there is nothing to lead to, and in a network \
+         namespace it is for whoever made that to forward ports"
+            .into(),
+    ))
 }
 
 /// An image that is not here is fetched, as with docker; by a process of its own, because `run` forks and so must

@@ -15,6 +15,7 @@ use crate::agent::Agent;
 use crate::container::cgroup::Machine;
 use crate::error::{Context, Error, Result, check};
 use crate::hw;
+use crate::network;
 
 /// More entropy than this is of no use.
 const MAX_ENTROPY: usize = 1024;
@@ -52,6 +53,9 @@ pub fn configure(request: &ConfigureRequest) -> Result<GuestInfo> {
         rustix::time::clock_settime(ClockId::Realtime, time).context(|| "set the clock")?;
     }
     request.shares.iter().try_for_each(|tag| mount_share(tag))?;
+    if let Some(network) = &request.network {
+        network::configure(network)?;
+    }
     let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get() as u32);
     Ok(GuestInfo {
         agent_version: env!("CARGO_PKG_VERSION").to_owned(),

@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use clap::{CommandFactory, FromArgMatches, Parser, ValueEnum};
 use vmm::config::{
-    BootConfig, Config, ConsoleConfig, DEFAULT_CMDLINE, DiskConfig, Input, MachineConfig, Output,
-    SerialConfig, VsockConfig,
+    BootConfig, Config, ConsoleConfig, DEFAULT_CMDLINE, DiskConfig, Input, MachineConfig, NetworkConfig,
+    Output, SerialConfig, VsockConfig,
 };
 use vmm::control::{Client, Method};
 use vmm::error::{STATUS_KVM_UNUSABLE, STATUS_OS, STATUS_USAGE};
@@ -69,6 +69,10 @@ struct Arguments {
     /// Raw disk image or block device, `,ro` for read-only; may be repeated: vda, vdb, …
     #[arg(long = "disk", value_name = "FILE[,ro]")]
     disks: Vec<String>,
+
+    /// Network interface on this tap, which is made if it does not exist; may be repeated
+    #[arg(long = "tap", value_name = "NAME")]
+    taps: Vec<String>,
 
     /// Unix socket for sockets between host and guest: `CONNECT <port>` on it reaches the guest
     #[arg(long, value_name = "SOCKET")]
@@ -215,6 +219,10 @@ fn config_of(arguments: &Arguments) -> vmm::Result<Config> {
         let id = format!("disk{}", config.disks.len());
         config.disks.push(DiskConfig { id, read_only, path: Some(path.into()), layers: Vec::new() });
     }
+    for tap in &arguments.taps {
+        let tap = Some(tap.clone());
+        config.networks.push(NetworkConfig { tap, fd: None, socket: None, mac: None, mtu: 1500 });
+    }
     if arguments.console {
         config.console.output = Output::Stdout;
         config.console.input = Input::Stdin;
@@ -232,6 +240,7 @@ fn from_kernel(kernel: PathBuf) -> Config {
         boot: BootConfig { kernel, initramfs: None, cmdline: DEFAULT_CMDLINE.to_owned() },
         disks: Vec::new(),
         filesystems: Vec::new(),
+        networks: Vec::new(),
         vsock: None,
         rng: true,
         console: ConsoleConfig::default(),

@@ -27,17 +27,24 @@ pub struct Driver {
     pub transport: MmioTransport,
     available: Vec<u16>,
     sizes: Vec<u16>,
+    /// Features accepted besides VERSION_1, below bit 32.
+    features: u32,
 }
 
 impl Driver {
     /// Sets the device up as a driver does.
     pub fn new(device: Box<dyn VirtioDevice>) -> Self {
+        Self::with_features(device, 0)
+    }
+
+    /// The same, accepting features of the device's own.
+    pub fn with_features(device: Box<dyn VirtioDevice>, features: u32) -> Self {
         let backing = if device.is_remote() { Backing::Shared } else { Backing::Private };
         let memory = Arc::new(memory::create(END, backing).unwrap());
         let sizes = device.queue_sizes().to_vec();
         let line = EventFd::new(libc::EFD_NONBLOCK).unwrap();
         let transport = MmioTransport::new(device, Arc::clone(&memory), line).unwrap();
-        let mut driver = Self { memory, transport, available: vec![0; sizes.len()], sizes };
+        let mut driver = Self { memory, transport, available: vec![0; sizes.len()], sizes, features };
         driver.start();
         driver
     }
@@ -47,9 +54,11 @@ impl Driver {
         self.write(0x70, 0);
         assert_eq!(self.read(0x70), 0);
         self.write(0x70, 3);
-        // VERSION_1 and nothing else: without EVENT_IDX every completion interrupts.
+        // VERSION_1 and nothing else that is common: without EVENT_IDX every completion interrupts.
         self.write(0x24, 1);
         self.write(0x20, 1);
+        self.write(0x24, 0);
+        self.write(0x20, self.features);
         self.write(0x70, 11);
         assert_eq!(self.read(0x70), 11);
         for (queue, size) in (0_u32..).zip(self.sizes.clone()) {
@@ -155,6 +164,7 @@ mod tests {
     use crate::devices::virtio::block::Block;
     use crate::devices::virtio::block::disk::Disk;
     use crate::devices::virtio::console::Console;
+    use crate::devices::virtio::net::{Net, Stream};
     use crate::devices::virtio::rng::Rng;
     use crate::devices::virtio::vsock::Vsock;
     use crate::exit::ExitRequest;
@@ -307,11 +317,15 @@ mod tests {
         fn no_guest_can_break_a_device(moves in moves()) {
             let dir = tempfile::tempdir().unwrap();
             let outlet = Outlet::open(&ConsoleOutput::new(1000), &Output::None).unwrap();
-            let devices: [Box<dyn VirtioDevice>; 4] = [
+            let (near, far) = std::os::unix::net::UnixStream::pair().unwrap();
+            // A frame of 20 bytes that waits to be received.
+            std::io::Write::write_all(&mut &far, &[&[0, 0, 0, 20], &[7; 20][..]].concat()).unwrap();
+            let devices: [Box<dyn VirtioDevice>; 5] = [
                 disk(&dir, false),
                 Box::new(Rng::default()),
                 Box::new(Console::new(outlet, Input::None, ExitRequest::new().unwrap())),
                 Box::new(Vsock::new(3, &dir.path().join("vsock")).unwrap()),
+                Box::new(Net::new("net0", Box::new(Stream::new(near).unwrap()), None, 1500)),
             ];
             for device in devices {
                 play(&mut Driver::new(device), &moves);

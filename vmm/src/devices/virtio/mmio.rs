@@ -137,6 +137,11 @@ impl MmioTransport {
         lock(&self.state).device.host_fds()
     }
 
+    /// Whether they are watched for room to write, too.
+    pub fn waits_for_room(&self) -> bool {
+        lock(&self.state).device.waits_for_room()
+    }
+
     /// In the event loop: queue `index` was notified.
     pub fn queue_event(&self, index: usize) {
         self.kick_count.fetch_add(1, Ordering::Relaxed);

@@ -11,6 +11,7 @@ mod driver;
 pub mod fs;
 pub mod interrupt;
 pub mod mmio;
+pub mod net;
 pub mod queue;
 pub mod rng;
 pub mod vsock;
@@ -107,6 +108,10 @@ pub trait VirtioDevice: Send {
     /// Host descriptors whose readiness matters to it. They stay the same for its life and are watched edge-triggered.
     fn host_fds(&self) -> Vec<RawFd> {
         Vec::new()
+    }
+    /// Whether they are watched for room to write, too.
+    fn waits_for_room(&self) -> bool {
+        false
     }
     /// The host descriptor `fd` became ready.
     ///

@@ -2,9 +2,10 @@
 //! allows; and bounded access to what a chain points to.
 
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{GuestAddress, GuestMemoryBackend, VolatileSlice};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
 
 use super::GuestError;
 use super::interrupt::Interrupt;
@@ -16,18 +17,27 @@ pub type Chain<'m> = DescriptorChain<&'m GuestMemory>;
 /// Most descriptors taken from one chain. A chain of an indirect table could have 65,535.
 pub const MAX_DESCRIPTORS: usize = 1024;
 
+/// Where a ring's index is, and where its elements begin and how long each is (section 2.7).
+const RING_INDEX: u64 = 2;
+const AVAILABLE_HEADER: u64 = 4;
+const AVAILABLE_ELEMENT: u64 = 2;
+const USED_HEADER: u64 = 4;
+const USED_ELEMENT: u64 = 8;
+
 /// A queue in the hands of its device.
 #[derive(Debug)]
 pub struct DeviceQueue {
     queue: Queue,
     index: u16,
+    /// Chains given back since the driver was last notified, or found not to want it.
+    added: u16,
     interrupt: Arc<Interrupt>,
 }
 
 impl DeviceQueue {
     /// Takes over queue number `index`.
     pub fn new(queue: Queue, index: u16, interrupt: &Arc<Interrupt>) -> Self {
-        Self { queue, index, interrupt: Arc::clone(interrupt) }
+        Self { queue, index, added: 0, interrupt: Arc::clone(interrupt) }
     }
 
     /// Number of entries.
@@ -60,8 +70,39 @@ impl DeviceQueue {
     /// # Errors
     /// When the ring or the chain's index makes no sense.
     pub fn push(&mut self, memory: &GuestMemory, head: u16, written: u32) -> Result<(), GuestError> {
-        let result = self.queue.add_used(memory, head, written);
-        self.blame(result)
+        self.push_all(memory, &[(head, written)])
+    }
+
+    /// Gives several chains back, (head, bytes written) each, so that the driver sees all of them or none.
+    ///
+    /// # Errors
+    /// As [`Self::push`].
+    pub fn push_all(&mut self, memory: &GuestMemory, chains: &[(u16, u32)]) -> Result<(), GuestError> {
+        let size = self.queue.size();
+        let mut next = self.queue.next_used();
+        for (head, written) in chains {
+            if *head >= size {
+                return self.blame(Err(virtio_queue::Error::InvalidDescriptorIndex));
+            }
+            let element = [u32::from(*head).to_le(), written.to_le()];
+            let at = self
+                .ring_address(self.queue.used_ring(), USED_HEADER + USED_ELEMENT * u64::from(next % size))?;
+            memory.write_obj(element, at)?;
+            next = next.wrapping_add(1);
+        }
+        // The index makes them visible, and comes after them.
+        let index = self.ring_address(self.queue.used_ring(), RING_INDEX)?;
+        memory.store(next.to_le(), index, Ordering::Release)?;
+        self.queue.set_next_used(next);
+        self.added = self.added.saturating_add(chains.len() as u16);
+        Ok(())
+    }
+
+    fn ring_address(&self, ring: u64, offset: u64) -> Result<GuestAddress, GuestError> {
+        // `Queue::is_valid` has seen to it that rings lie in memory.
+        GuestAddress(ring)
+            .checked_add(offset)
+            .ok_or(GuestError::Chain("a ring at the end of the address space"))
     }
 
     /// Interrupts the driver if it wants to know about what was given back since the last call.
@@ -69,10 +110,19 @@ impl DeviceQueue {
     /// # Errors
     /// When the ring makes no sense.
     pub fn notify(&mut self, memory: &GuestMemory) -> Result<(), GuestError> {
-        let needed = self.queue.needs_notification(memory);
-        if self.blame(needed)? {
-            self.interrupt.used_buffer();
+        let added = std::mem::take(&mut self.added);
+        // What was given back must be visible before the driver's wish is read: it writes its wish, then looks again.
+        fence(Ordering::SeqCst);
+        if self.queue.event_idx_enabled() {
+            let at = AVAILABLE_HEADER + AVAILABLE_ELEMENT * u64::from(self.queue.size());
+            let at = self.ring_address(self.queue.avail_ring(), at)?;
+            let event = u16::from_le(memory.load(at, Ordering::Relaxed)?);
+            // Section 2.7.10: notify when the index has passed the event.
+            if self.queue.next_used().wrapping_sub(event).wrapping_sub(1) >= added {
+                return Ok(());
+            }
         }
+        self.interrupt.used_buffer();
         Ok(())
     }
 

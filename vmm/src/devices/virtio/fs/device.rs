@@ -51,7 +51,10 @@ impl Fs {
 
     fn lose(&mut self, why: &Lost) {
         if !self.lost && self.exit.outcome().is_none() {
-            eprintln!("bulkhead-vmm: the shared file system {:?} is lost, so the machine ends: {why}", self.tag);
+            eprintln!(
+                "bulkhead-vmm: the shared file system {:?} is lost, so the machine ends: {why}",
+                self.tag
+            );
         }
         self.lost = true;
         self.exit.request(Outcome::DeviceLost);

@@ -123,7 +123,8 @@ impl Backend {
     pub fn start(&mut self, activation: &Activation) -> Result<(), Lost> {
         let Activation { memory, queues, interrupt, features, kicks } = activation;
         let regions = memory.iter().map(VhostUserMemoryRegionInfo::from_guest_region);
-        let regions: Vec<_> = regions.collect::<Result<_, _>>().map_err(|e| Lost::Refused("share memory", e))?;
+        let regions: Vec<_> =
+            regions.collect::<Result<_, _>>().map_err(|e| Lost::Refused("share memory", e))?;
         let ready = queues.iter().zip(kicks.iter()).enumerate().filter(|(_, (queue, _))| queue.ready());
         let mut rings = Vec::new();
         for (index, (queue, kick)) in ready {

@@ -1,0 +1,170 @@
+//! The guest's network: gives the interfaces that the monitor offers the names, addresses, routes and neighbours that
+//! they have on the host.
+//!
+//! The host's addresses have been checked for duplicates where they come from, so they are used at once (`NODAD`), and
+//! the kernel makes up none by itself: a guest whose network has no IPv6 gets none.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use bulkhead_netlink::link::Change;
+use bulkhead_netlink::{Address, Link, Mac, Neighbour, Route, Socket};
+use bulkhead_protocol::agent::{Network, NetworkInterface};
+
+use crate::container::namespaces::loopback_up;
+use crate::error::{Context, Error, Result};
+
+/// Configures every interface of `network`.
+///
+/// # Errors
+/// `NOT_FOUND` for an interface that the monitor did not offer, `INVALID_ARGUMENT` for what is no address, or what the
+/// kernel says, with the interface's name.
+pub fn configure(network: &Network) -> Result<()> {
+    loopback_up()?;
+    if network.interfaces.is_empty() {
+        return Ok(());
+    }
+    let mut socket = Socket::open().context(|| "open a netlink socket")?;
+    let indices = rename(&mut socket, &network.interfaces)?;
+    for (interface, index) in network.interfaces.iter().zip(indices) {
+        set_up(&mut socket, interface, index)
+            .context(|| format!("configure network interface {}", interface.name))?;
+    }
+    Ok(())
+}
+
+/// Finds each interface by its address and gives it its name; tells their numbers.
+fn rename(socket: &mut Socket, interfaces: &[NetworkInterface]) -> Result<Vec<u32>> {
+    let links = socket.links().context(|| "list network interfaces")?;
+    let mut found = Vec::with_capacity(interfaces.len());
+    for interface in interfaces {
+        found.push(find(&links, interface)?);
+    }
+    // Names can be in use by one another: all that change give theirs up first.
+    let changed: Vec<_> =
+        found.iter().zip(interfaces).filter(|(link, interface)| link.name != interface.name).collect();
+    for (link, _) in &changed {
+        let temporary = format!("bulkhead{}", link.index);
+        let change = Change { name: Some(&temporary), ..Change::default() };
+        socket.change_link(link.index, &change).context(|| format!("rename {}", link.name))?;
+    }
+    for (link, interface) in &changed {
+        let change = Change { name: Some(&interface.name), ..Change::default() };
+        socket
+            .change_link(link.index, &change)
+            .context(|| format!("rename {} to {}", link.name, interface.name))?;
+    }
+    Ok(found.iter().map(|link| link.index).collect())
+}
+
+fn find<'a>(links: &'a [Link], interface: &NetworkInterface) -> Result<&'a Link> {
+    let mac = mac(&interface.mac)?;
+    links.iter().find(|link| link.mac == Some(mac) && !link.is_loopback()).ok_or_else(|| {
+        Error::not_found(format!("there is no network interface with address {mac} for {}", interface.name))
+    })
+}
+
+fn set_up(socket: &mut Socket, interface: &NetworkInterface, link: u32) -> Result<()> {
+    let no_arp = if interface.no_arp { libc::IFF_NOARP as u32 } else { 0 };
+    let mtu = (interface.mtu != 0).then_some(interface.mtu);
+    let change = Change { mtu, no_generated_addresses: true, set_flags: no_arp, ..Change::default() };
+    socket.change_link(link, &change).context(|| format!("set its MTU to {}", interface.mtu))?;
+    socket
+        .change_link(link, &Change { set_flags: libc::IFF_UP as u32, ..Change::default() })
+        .context(|| "bring it up")?;
+    for one in &interface.addresses {
+        let address = Address {
+            link,
+            local: address(&one.address)?,
+            prefix: byte(one.prefix)?,
+            peer: optional(&one.peer)?,
+            broadcast: match optional(&one.broadcast)? {
+                Some(IpAddr::V4(broadcast)) => Some(broadcast),
+                _ => None,
+            },
+            scope: byte(one.scope)?,
+            flags: libc::IFA_F_PERMANENT | libc::IFA_F_NODAD,
+        };
+        socket
+            .add_address(&address)
+            .context(|| format!("add address {}/{}", address.local, address.prefix))?;
+    }
+    for neighbour in &interface.neighbours {
+        let neighbour = Neighbour {
+            link,
+            address: address(&neighbour.address)?,
+            mac: mac(&neighbour.mac)?,
+            state: libc::NUD_PERMANENT,
+        };
+        socket.add_neighbour(&neighbour).context(|| format!("add neighbour {}", neighbour.address))?;
+    }
+    let mut routes = routes(interface, link)?;
+    // A gateway must be reachable when the route over it is made.
+    routes.sort_by_key(|route| route.gateway.is_some());
+    for route in &routes {
+        socket.add_route(route).context(|| format!("add route {}/{}", route.destination, route.prefix))?;
+    }
+    Ok(())
+}
+
+fn routes(interface: &NetworkInterface, link: u32) -> Result<Vec<Route>> {
+    let route = |one: &bulkhead_protocol::agent::NetworkRoute| {
+        Ok(Route {
+            destination: address(&one.destination)?,
+            prefix: byte(one.prefix)?,
+            gateway: optional(&one.gateway)?,
+            link: Some(link),
+            source: optional(&one.source)?,
+            metric: one.metric,
+            mtu: one.mtu,
+            scope: byte(one.scope)?,
+            protocol: libc::RTPROT_BOOT,
+            kind: libc::RTN_UNICAST,
+            table: libc::RT_TABLE_MAIN.into(),
+            on_link: one.on_link,
+            several_ways: false,
+        })
+    };
+    interface.routes.iter().map(route).collect()
+}
+
+fn byte(number: u32) -> Result<u8> {
+    u8::try_from(number).map_err(|_| Error::invalid(format!("{number} is no prefix length or scope")))
+}
+
+fn mac(bytes: &[u8]) -> Result<Mac> {
+    bytes.try_into().map(Mac).map_err(|_| Error::invalid(format!("{bytes:?} is no link-layer address")))
+}
+
+fn address(bytes: &[u8]) -> Result<IpAddr> {
+    if let Ok(octets) = <[u8; 4]>::try_from(bytes) {
+        return Ok(Ipv4Addr::from(octets).into());
+    }
+    let octets = <[u8; 16]>::try_from(bytes)
+        .map_err(|_| Error::invalid(format!("{bytes:?} is no internet address")))?;
+    Ok(Ipv6Addr::from(octets).into())
+}
+
+fn optional(bytes: &[u8]) -> Result<Option<IpAddr>> {
+    if bytes.is_empty() { Ok(None) } else { address(bytes).map(Some) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_have_4_or_16_bytes() {
+        assert_eq!(address(&[10, 0, 0, 1]).unwrap(), "10.0.0.1".parse::<IpAddr>().unwrap());
+        assert!(address(&[0; 16]).unwrap().is_ipv6());
+        assert!(address(&[]).is_err() && address(&[1; 5]).is_err() && mac(&[1; 5]).is_err());
+        assert_eq!(optional(&[]).unwrap(), None);
+    }
+
+    #[test]
+    fn an_interface_that_is_not_there_is_named() {
+        let interface =
+            NetworkInterface { mac: vec![2, 0, 0, 0, 0, 9], name: "eth7".into(), ..Default::default() };
+        let error = find(&[], &interface).unwrap_err();
+        assert!(error.message.contains("02:00:00:00:00:09") && error.message.contains("eth7"), "{error}");
+    }
+}

@@ -1,0 +1,367 @@
+//! Containers in network namespaces that somebody has prepared, and networks through passt.
+
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use bulkhead_tests::host::Host;
+use bulkhead_tests::process::{Finished, Program};
+use bulkhead_tests::test;
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::BUSYBOX;
+
+/// Namespaces and links made for a test, removed at its end.
+struct Prepared<'h> {
+    host: &'h Host,
+    namespaces: Vec<String>,
+}
+
+impl Prepared<'_> {
+    /// `ip WORDS`.
+    fn ip(&self, words: &str) -> Result<Finished> {
+        Program::new(["ip"]).args(words.split_whitespace()).run()?.ok()
+    }
+
+    fn lines(&self, lines: &str) -> Result<()> {
+        lines
+            .lines()
+            .map(str::trim)
+            .filter(|line| !line.is_empty())
+            .try_for_each(|line| self.ip(line).map(drop))
+    }
+
+    /// `--network ns:…` of namespace number `number`.
+    fn flag(&self, number: usize) -> String {
+        format!("--network=ns:/run/netns/{}", self.namespaces[number])
+    }
+
+    /// `bulkhead run --rm` in namespace 0.
+    fn shell(&self, script: &str) -> Result<Finished> {
+        crate::shell(self.host, &[&self.flag(0)], script)
+    }
+
+    /// Nothing of a sandbox is in namespace `number`.
+    fn is_clean(&self, number: usize) -> Result<()> {
+        let name = &self.namespaces[number];
+        self.ip(&format!("netns exec {name} ip link show"))?.stdout_lacks("bh")?;
+        self.ip(&format!("netns exec {name} tc qdisc show"))?.stdout_lacks("ingress")?;
+        Ok(())
+    }
+}
+
+impl Drop for Prepared<'_> {
+    fn drop(&mut self) {
+        for name in &self.namespaces {
+            let _ = Program::new(["ip", "netns", "delete", name]).run();
+        }
+        let _ = fs::remove_dir("/run/netns");
+    }
+}
+
+/// Namespace `box` with eth0, joined to the host's v0: 10.9.0.2 and fd09::2, the host is 10.9.0.1 and fd09::1.
+fn prepare(host: &Host, mtu: u32) -> Result<Prepared<'_>> {
+    let prepared = Prepared { host, namespaces: vec!["box".into()] };
+    prepared.lines(&format!(
+        "netns add box
+         link add v0 mtu {mtu} type veth peer name eth0 netns box mtu {mtu}
+         address add 10.9.0.1/24 dev v0
+         address add fd09::1/64 dev v0 nodad
+         link set v0 up
+         -n box link set lo up
+         -n box address add 10.9.0.2/24 dev eth0
+         -n box address add fd09::2/64 dev eth0 nodad
+         -n box link set eth0 up
+         -n box route add default via 10.9.0.1
+         -n box route add default via fd09::1"
+    ))?;
+    Ok(prepared)
+}
+
+test!(the_container_has_the_namespaces_network, BUSYBOX.deadline(60));
+fn the_container_has_the_namespaces_network(host: &Host) -> Result<()> {
+    let prepared = prepare(host, 1500)?;
+    prepared.lines(
+        "-n box route add 10.77.0.0/16 via 10.9.0.1 metric 50
+         -n box route add 10.78.0.0/16 via 192.0.2.1 dev eth0 onlink
+         -n box route add fd77::/64 via fd09::1
+         -n box neighbour add 10.9.0.77 lladdr 02:00:00:00:00:77 dev eth0 nud permanent",
+    )?;
+    let link = prepared.ip("-n box -o link show eth0")?.stdout();
+    let mac = link.split("link/ether ").nth(1).and_then(|rest| rest.split(' ').next()).context("no MAC")?;
+    let script = "cat /sys/class/net/eth0/address /sys/class/net/eth0/mtu; ip addr show; ip route; ip -6 route; \
+                  ip neigh; cat /etc/hosts; ls /sys/class/net";
+    let run = prepared.shell(script)?.ok()?.stdout_has(mac)?.stdout_has("1500\n")?;
+    let run =
+        run.stdout_has("inet 10.9.0.2/24")?.stdout_has("inet6 fd09::2/64")?.stdout_lacks("tentative")?;
+    let run = run.stdout_has("default via 10.9.0.1")?.stdout_has("default via fd09::1")?;
+    let run = run
+        .stdout_has("10.77.0.0/16 via 10.9.0.1 dev eth0  metric 50")?
+        .stdout_has("fd77::/64 via fd09::1")?;
+    let run =
+        run.stdout_has("10.78.0.0/16 via 192.0.2.1 dev eth0 onlink")?.stdout_has("02:00:00:00:00:77")?;
+    run.stdout_has("10.9.0.2\t")?.stdout_has("fd09::2\t")?.stdout_has("eth0\nlo\n")?;
+    prepared.is_clean(0)
+}
+
+test!(both_sides_reach_each_other, BUSYBOX.deadline(60));
+fn both_sides_reach_each_other(host: &Host) -> Result<()> {
+    let prepared = prepare(host, 1500)?;
+    let script = "ping -c 3 -i 0.2 -W 5 10.9.0.1 && ping -c 3 -i 0.2 -W 5 fd09::1 && ping -c 2 -i 0.2 -s 20000 10.9.0.1";
+    prepared.shell(script)?.ok()?.stdout_has("3 packets transmitted, 3 packets received")?;
+
+    let server =
+        "mkdir /www; echo served >/www/f; httpd -f -p 80 -h /www & nc -u -l -p 53 -e cat & sleep 1000";
+    let flag = prepared.flag(0);
+    let run = ["run", "-d", "--rm", "--name", "server", flag.as_str(), "busybox", "sh", "-c", server];
+    host.bulkhead(run)?.ok()?;
+    for address in ["10.9.0.2", "[fd09::2]"] {
+        host.eventually("the container serves", Duration::from_secs(20), || {
+            let get = host.run(["wget", "-q", "-O", "-", &format!("http://{address}/f")])?;
+            Ok(get.status == 0 && get.stdout() == "served\n")
+        })?;
+    }
+    host.run(["ping", "-c", "2", "-i", "0.2", "10.9.0.2"])?.ok()?;
+    host.run(["ping", "-6", "-c", "2", "-i", "0.2", "fd09::2"])?.ok()?;
+    // UDP, there and back.
+    Program::new(["timeout", "5", "nc", "-u", "-w", "1", "10.9.0.2", "53"])
+        .stdin("datagram\n")
+        .run()?
+        .stdout_is("datagram\n")?;
+    host.bulkhead(["exec", "server", "ip", "addr", "show", "eth0"])?.ok()?.stdout_has("10.9.0.2")?;
+    host.bulkhead(["rm", "-f", "server"])?.ok()?;
+    prepared.is_clean(0)
+}
+
+test!(many_small_connections, BUSYBOX.deadline(120));
+fn many_small_connections(host: &Host) -> Result<()> {
+    let prepared = prepare(host, 1500)?;
+    fs::create_dir_all(host.work().join("www"))?;
+    host.file("www/f", "x")?;
+    let server =
+        Program::new(["httpd", "-f", "-p", "10.9.0.1:8000", "-h"]).args([host.work().join("www")]).spawn()?;
+    let script =
+        "i=0; while [ $i -lt 300 ]; do wget -q -O - http://10.9.0.1:8000/f || exit 1; i=$((i+1)); done";
+    let run = prepared.shell(script)?.ok()?;
+    ensure!(run.stdout == vec![b'x'; 300]);
+    server.signal(Signal::KILL)?;
+    server.wait()?;
+    Ok(())
+}
+
+/// 50 MB each way, and what arrived is what was sent.
+fn bulk(host: &Host, mtu: u32) -> Result<()> {
+    let prepared = prepare(host, mtu)?;
+    let bytes: Vec<u8> =
+        (0..50_000_000_u64).map(|i| (i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8).collect();
+    let file = host.file("bytes", &bytes)?;
+    let sum = host.run([std::ffi::OsStr::new("md5sum"), file.as_os_str()])?.ok()?.stdout();
+    let sum = sum.split(' ').next().context("no sum")?;
+    // To the container, which keeps it in memory, and back.
+    let file = file.display();
+    let serve = format!("nc -l -p 9000 <{file} & nc -l -p 9001 | md5sum; wait");
+    let server = Program::new(["busybox", "sh", "-c", &serve]).spawn()?;
+    let script = "i=0; until nc 10.9.0.1 9000 </dev/null >/tmp/b; do sleep 0.1; i=$((i+1)); [ $i -lt 50 ] || exit 9; done; \
+                  md5sum /tmp/b; nc 10.9.0.1 9001 </tmp/b";
+    let flags = [&prepared.flag(0), "--tmpfs", "/tmp:size=100m", "--memory", "256m"];
+    crate::shell(host, &flags, script)?.ok()?.stdout_has(sum)?;
+    server.wait()?.ok()?.stdout_has(sum)?;
+    prepared.is_clean(0)
+}
+
+test!(bulk_transfers_arrive_intact, BUSYBOX.deadline(200));
+fn bulk_transfers_arrive_intact(host: &Host) -> Result<()> {
+    bulk(host, 1500)
+}
+
+test!(bulk_transfers_with_a_small_mtu, BUSYBOX.deadline(200));
+fn bulk_transfers_with_a_small_mtu(host: &Host) -> Result<()> {
+    bulk(host, 1280)
+}
+
+test!(bulk_transfers_with_a_large_mtu, BUSYBOX.deadline(200));
+fn bulk_transfers_with_a_large_mtu(host: &Host) -> Result<()> {
+    bulk(host, 9000)
+}
+
+test!(mtus_are_those_of_the_namespace, BUSYBOX.deadline(60));
+fn mtus_are_those_of_the_namespace(host: &Host) -> Result<()> {
+    for mtu in [1280, 9000] {
+        let prepared = prepare(host, mtu)?;
+        // One packet that just fits, both ways.
+        let script = format!("cat /sys/class/net/eth0/mtu; ping -c 2 -i 0.2 -s {} 10.9.0.1", mtu - 28);
+        prepared.shell(&script)?.ok()?.stdout_has(&format!("{mtu}\n"))?.stdout_has("2 packets received")?;
+    }
+    Ok(())
+}
+
+test!(several_interfaces_keep_their_names, BUSYBOX.deadline(60));
+fn several_interfaces_keep_their_names(host: &Host) -> Result<()> {
+    let prepared = prepare(host, 1500)?;
+    // Named against the order in which they are made; one is down, one has no address.
+    prepared.lines(
+        "link add v1 type veth peer name aaa netns box
+         address add 10.10.0.1/24 dev v1
+         link set v1 up
+         -n box address add 10.10.0.2/24 dev aaa
+         -n box link set aaa up
+         -n box link add eth1 type dummy
+         -n box link add down0 type dummy
+         -n box address add 10.11.0.2/24 dev down0
+         -n box address add 10.12.0.2/24 dev eth1
+         -n box link set eth1 up",
+    )?;
+    let script = "ls /sys/class/net; ping -c 1 10.10.0.1; ping -c 1 10.9.0.1; ip addr show";
+    let run = prepared.shell(script)?.ok()?.stdout_has("aaa\neth0\neth1\nlo\n")?;
+    run.stdout_has("inet 10.10.0.2/24 brd 0.0.0.0 scope global aaa")
+        .or_else(|_| prepared.shell("ip addr show aaa")?.stdout_has("10.10.0.2/24"))?;
+    prepared.is_clean(0)
+}
+
+test!(macvlan_and_ipvlan_links, BUSYBOX.deadline(90));
+fn macvlan_and_ipvlan_links(host: &Host) -> Result<()> {
+    for kind in ["macvlan mode bridge", "ipvlan mode l2", "ipvlan mode l3"] {
+        let mut prepared = Prepared { host, namespaces: vec!["box".into(), "peer".into()] };
+        let subnets = if kind.ends_with("l3") { ("10.9.1", "10.9.0") } else { ("10.9.0", "10.9.0") };
+        // Two links of the same parent: one for the sandbox, one beside it.
+        prepared.lines(&format!(
+            "link add d0 type dummy
+             link set d0 up
+             netns add box
+             netns add peer
+             link add link d0 name eth0 netns box type {kind}
+             link add link d0 name eth0 netns peer type {kind}
+             -n box address add {}.2/24 dev eth0
+             -n box link set eth0 up
+             -n box route add default dev eth0
+             -n peer address add {}.1/24 dev eth0
+             -n peer link set eth0 up
+             -n peer route add default dev eth0",
+            subnets.0, subnets.1
+        ))?;
+        let result = prepared.shell("ping -c 3 -i 0.2 -W 3 10.9.0.1").and_then(Finished::ok);
+        prepared.ip("link delete d0")?;
+        result.with_context(|| format!("{kind}"))?.stdout_has("3 packets received")?;
+        prepared.namespaces.truncate(2);
+    }
+    Ok(())
+}
+
+test!(a_namespace_that_cannot_be_used_is_an_error, BUSYBOX.deadline(60));
+fn a_namespace_that_cannot_be_used_is_an_error(host: &Host) -> Result<()> {
+    let run = |network: &str| host.bulkhead(["run", "--rm", "--network", network, "busybox", "true"]);
+    run("ns:/run/netns/nowhere")?
+        .status_is(125)?
+        .stderr_has("/run/netns/nowhere")?
+        .stderr_has("no such file")?;
+    run("ns:/etc/passwd")?.status_is(125)?.stderr_has("not a network namespace")?;
+    run("ns:/proc/self/ns/mnt")?.status_is(125)?.stderr_has("not a network namespace")?;
+    run("ns:/proc/1/ns/net")?.status_is(125)?.stderr_has("the host")?;
+    run("ns:relative")?.failed()?.stderr_has("absolute")?;
+    run("host")?.failed()?.stderr_has("kernel of its own")?;
+    host.bulkhead(["run", "--rm", "-p", "80:80", "busybox", "true"])?.failed()?.stderr_has("passt")?;
+
+    let prepared = prepare(host, 1500)?;
+    // Somebody else's filters are left alone.
+    Program::new(["ip", "netns", "exec", "box", "tc", "qdisc", "add", "dev", "eth0", "clsact"])
+        .run()?
+        .ok()?;
+    prepared.shell("true")?.status_is(125)?.stderr_has("clsact")?.stderr_has("eth0")?;
+    prepared.ip("netns exec box tc qdisc show dev eth0")?.stdout_has("clsact")?;
+    Program::new(["ip", "netns", "exec", "box", "tc", "qdisc", "del", "dev", "eth0", "clsact"])
+        .run()?
+        .ok()?;
+    // And so are interfaces that are no Ethernet.
+    prepared.lines(
+        "-n box tuntap add t0 mode tun
+         -n box address add 10.13.0.1/24 dev t0
+         -n box link set t0 up",
+    )?;
+    prepared.shell("true")?.status_is(125)?.stderr_has("t0")?.stderr_has("ethernet")?;
+    prepared.is_clean(0)
+}
+
+test!(a_namespace_with_loopback_alone, BUSYBOX.deadline(60));
+fn a_namespace_with_loopback_alone(host: &Host) -> Result<()> {
+    let prepared = Prepared { host, namespaces: vec!["box".into()] };
+    prepared.ip("netns add box")?;
+    prepared
+        .shell("ls /sys/class/net; ping -c 1 127.0.0.1")?
+        .ok()?
+        .stdout_has("lo\n")?
+        .stdout_lacks("eth")?;
+    Ok(())
+}
+
+test!(a_namespace_is_used_by_one_at_a_time, BUSYBOX.deadline(60));
+fn a_namespace_is_used_by_one_at_a_time(host: &Host) -> Result<()> {
+    let prepared = prepare(host, 1500)?;
+    let flag = prepared.flag(0);
+    host.bulkhead(["run", "-d", "--rm", "--name", "first", &flag, "busybox", "sleep", "1000"])?.ok()?;
+    prepared.shell("true")?.status_is(125)?.stderr_has("another sandbox")?;
+    // The first one has not been harmed.
+    host.run(["ping", "-c", "1", "-W", "5", "10.9.0.2"])?.ok()?;
+    host.bulkhead(["rm", "-f", "first"])?.ok()?;
+    prepared.is_clean(0)?;
+    prepared.shell("ping -c 1 10.9.0.1")?.ok()?;
+    Ok(())
+}
+
+test!(a_killed_monitor_leaves_a_namespace_usable, BUSYBOX.deadline(90));
+fn a_killed_monitor_leaves_a_namespace_usable(host: &Host) -> Result<()> {
+    let prepared = prepare(host, 1500)?;
+    let flag = prepared.flag(0);
+    for supervisor in [false, true] {
+        host.bulkhead(["run", "-d", "--name", "first", &flag, "busybox", "sleep", "1000"])?.ok()?;
+        let record: serde_json::Value =
+            serde_json::from_slice(&host.bulkhead(["inspect", "first"])?.ok()?.stdout)?;
+        let key = if supervisor { "supervisor_pid" } else { "monitor_pid" };
+        let pid = find(&record, key).with_context(|| format!("no {key} in {record}"))?;
+        let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).context("no pid")?;
+        kill_process(pid, Signal::KILL)?;
+        if supervisor {
+            // Nobody has put anything away yet: the next one does.
+            prepared.shell("ping -c 1 10.9.0.1")?.ok()?;
+        }
+        host.eventually("the first is known to have ended", Duration::from_secs(10), || {
+            Ok(host.bulkhead(["ps"])?.stdout().lines().count() == 1)
+        })?;
+        host.bulkhead(["rm", "-f", "first"])?.ok()?;
+        prepared.is_clean(0)?;
+        prepared.shell("ping -c 1 10.9.0.1")?.ok()?;
+    }
+    Ok(())
+}
+
+/// The number behind `key`, wherever it is.
+fn find(value: &serde_json::Value, key: &str) -> Option<i64> {
+    match value {
+        serde_json::Value::Object(fields) => fields
+            .get(key)
+            .and_then(serde_json::Value::as_i64)
+            .or_else(|| fields.values().find_map(|v| find(v, key))),
+        serde_json::Value::Array(values) => values.iter().find_map(|value| find(value, key)),
+        _ => None,
+    }
+}
+
+test!(names_are_resolved_as_asked, BUSYBOX.deadline(60));
+fn names_are_resolved_as_asked(host: &Host) -> Result<()> {
+    let prepared = prepare(host, 1500)?;
+    let flag = prepared.flag(0);
+    let run = crate::shell(
+        host,
+        &[&flag, "--dns", "192.0.2.53", "--hostname", "web"],
+        "cat /etc/resolv.conf /etc/hosts",
+    )?;
+    run.ok()?
+        .stdout_has("nameserver 192.0.2.53\n")?
+        .stdout_has("10.9.0.2\tweb\n")?
+        .stdout_has("127.0.0.1\tlocalhost\n")?;
+    fs::create_dir_all("/etc/netns/box")?;
+    fs::write("/etc/netns/box/resolv.conf", "nameserver 10.9.0.1\nsearch box.example\n")?;
+    let run = prepared.shell("cat /etc/resolv.conf")?;
+    fs::remove_dir_all("/etc/netns")?;
+    run.ok()?.stdout_is("search box.example\nnameserver 10.9.0.1\n")?;
+    Ok(())
+}
