@@ -131,6 +131,7 @@ fn exec(id: &str, exec: &str, process: &str, stdio: Stdio) -> Result<ExecProcess
         exec: exec.into(),
         process: process.into(),
         stdio: Some(stdio),
+        hold: false,
     };
     call("ExecProcess", &request)
 }

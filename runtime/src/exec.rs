@@ -71,6 +71,7 @@ pub fn exec(layout: &Layout, record: &Record, image: &Image, options: &ExecOptio
         exec: exec.clone(),
         process: process.to_string(),
         stdio: Some(stdio),
+        hold: false,
     };
     // Answered when it has been made; it starts when its streams are connected, or at once if it has none. Connecting
     // them before the answer would spare a round trip, but different connections reach the agent in any order.

@@ -32,14 +32,14 @@ const SHOWN: usize = 8 << 10;
 const CMDLINE: &str = "console=hvc0 quiet panic=-1 reboot=k noreplace-smp initcall_blacklist=slab_late_init";
 
 /// The shape of a machine.
-pub(crate) struct Shape {
+pub struct Shape {
     pub vcpus: u8,
     pub memory_mib: u32,
 }
 
 impl Shape {
     /// Room for a container with these limits.
-    pub(crate) fn new(memory: Option<u64>, milli_cpus: Option<u64>) -> Self {
+    pub fn new(memory: Option<u64>, milli_cpus: Option<u64>) -> Self {
         let memory = memory.map_or(DEFAULT_MIB, |bytes| {
             // The kernel's own tables grow with memory: 64 bytes for each page, and some.
             let mib = bytes.div_ceil(1 << 20);
@@ -54,7 +54,7 @@ impl Shape {
 
 /// The guest's network, and what the monitor connects its interfaces to: one descriptor each, in order.
 #[derive(Default)]
-pub(crate) struct Links {
+pub struct Links {
     pub network: Network,
     pub fds: Vec<OwnedFd>,
 }
@@ -74,7 +74,7 @@ impl Links {
 }
 
 /// A monitor under way.
-pub(crate) struct Monitor {
+pub struct Monitor {
     child: Child,
     /// Readable when it has ended.
     pub pidfd: OwnedFd,
@@ -86,7 +86,7 @@ pub(crate) struct Monitor {
 
 impl Monitor {
     /// Starts the monitor of a sandbox; the guest boots while the caller does other things.
-    pub(crate) fn start(
+    pub fn start(
         artefacts: &Artefacts,
         files: &Files,
         shape: &Shape,
@@ -143,12 +143,12 @@ impl Monitor {
     }
 
     /// Its process id.
-    pub(crate) fn pid(&self) -> u32 {
+    pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
     /// Waits for the agent's call. `given_up` is asked whenever `interrupt` is readable.
-    pub(crate) fn wait_ready(
+    pub fn wait_ready(
         &mut self,
         interrupt: &impl std::os::fd::AsFd,
         mut given_up: impl FnMut() -> bool,
@@ -198,7 +198,7 @@ impl Monitor {
     }
 
     /// Why the monitor ended, in its own words. One that has only lost its agent is ended.
-    pub(crate) fn last_words(&mut self, happened: &str) -> String {
+    pub fn last_words(&mut self, happened: &str) -> String {
         self.end();
         let status = self.child.wait().map_or_else(|error| error.to_string(), |status| status.to_string());
         let log = fs::read(self.files.monitor_log()).unwrap_or_default();
@@ -212,7 +212,7 @@ impl Monitor {
     }
 
     /// Waits for the monitor to end by itself, or ends it when it does not.
-    pub(crate) fn end(&mut self) {
+    pub fn end(&mut self) {
         let patience = Timespec { tv_sec: END_PATIENCE.as_secs().try_into().unwrap_or(10), tv_nsec: 0 };
         if !matches!(poll(&mut [PollFd::new(&self.pidfd, PollFlags::IN)], Some(&patience)), Ok(1..)) {
             let _ = self.child.kill();
@@ -222,13 +222,13 @@ impl Monitor {
 
     /// Ends the monitor, and the guest with it, at once, and leaves the taking apart to the host's kernel: that
     /// takes tens of milliseconds of waiting for grace periods, in which nothing of the guest runs any more.
-    pub(crate) fn discard(mut self) {
+    pub fn discard(mut self) {
         let _ = self.child.kill();
         self.discarded = true;
     }
 
     /// When the monitor and its guest did what.
-    pub(crate) fn timeline(&self) -> Option<Value> {
+    pub fn timeline(&self) -> Option<Value> {
         let mut client = vmm::control::Client::connect(&self.files.control()).ok()?;
         client.call(vmm::control::Method::Metrics).ok()?.get_mut("timeline").map(Value::take)
     }

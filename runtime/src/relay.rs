@@ -25,7 +25,7 @@ const BUFFER: usize = 64 << 10;
 const STACK: usize = 128 << 10;
 
 /// The streams that a process was started with.
-pub(crate) struct Streams {
+pub struct Streams {
     stdin: Option<UnixStream>,
     stdout: Option<UnixStream>,
     stderr: Option<UnixStream>,
@@ -33,7 +33,7 @@ pub(crate) struct Streams {
 
 impl Streams {
     /// Connects the streams that were asked for; a terminal is one connection both ways.
-    pub(crate) fn connect(
+    pub fn connect(
         guest: &Guest,
         container: &str,
         exec: &str,
@@ -60,7 +60,7 @@ impl Streams {
 
 /// Where the bytes of the guest's process go, and come from, on the host.
 #[derive(Default)]
-pub(crate) struct Ends {
+pub struct Ends {
     /// Read for the process's standard input.
     pub input: Option<OwnedFd>,
     /// Its standard output is written here.
@@ -75,7 +75,7 @@ pub(crate) struct Ends {
 
 impl Ends {
     /// The calling process's own standard streams.
-    pub(crate) fn own(input: bool) -> Result<Self> {
+    pub fn own(input: bool) -> Result<Self> {
         let clone = |fd: std::os::fd::BorrowedFd<'_>| {
             fd.try_clone_to_owned().context(|| "cannot use the standard streams".into())
         };
@@ -90,7 +90,7 @@ impl Ends {
 }
 
 /// A relay under way.
-pub(crate) struct Relay {
+pub struct Relay {
     outputs: Vec<JoinHandle<()>>,
     shared: Arc<Shared>,
     /// Becomes readable when the person has typed the detach keys; closed when input has ended.
@@ -121,7 +121,7 @@ impl Shared {
 
 impl Relay {
     /// Starts the threads.
-    pub(crate) fn start(streams: Streams, ends: Ends) -> Result<Self> {
+    pub fn start(streams: Streams, ends: Ends) -> Result<Self> {
         let what = || "cannot start relaying a container's streams".to_owned();
         let shared = Arc::new(Shared {
             log: Mutex::new(ends.log),
@@ -152,7 +152,7 @@ impl Relay {
     }
 
     /// Stops reading the host's input and writing to its outputs; the log goes on.
-    pub(crate) fn release(&self) {
+    pub fn release(&self) {
         self.shared.released.store(true, Ordering::Relaxed);
         self.shared.close(Stream::Stdout);
         self.shared.close(Stream::Stderr);
@@ -160,7 +160,7 @@ impl Relay {
     }
 
     /// Waits until everything that the process wrote has been passed on.
-    pub(crate) fn finish(self) {
+    pub fn finish(self) {
         for output in self.outputs {
             let _ = output.join();
         }

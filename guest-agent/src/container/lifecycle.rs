@@ -70,7 +70,7 @@ impl Agent {
                 return Err(error);
             }
         };
-        let init = self.adopt(child, id, "", ticket);
+        let init = self.adopt(child, id, "", ticket, true);
         let oom_score_adj = spec.process.as_ref().and_then(|process| process.oom_score_adj);
         let container = Container {
             id: id.clone(),
@@ -140,7 +140,7 @@ impl Agent {
         let child = start_child(&process, &asked, container.seccomp.as_ref(), Some(pidfd), fork, |common| {
             child::exec(common, pidfd, &container.namespaces, container.oom_score_adj)
         })?;
-        let id = self.adopt(child, &request.container, &request.exec, ticket);
+        let id = self.adopt(child, &request.container, &request.exec, ticket, request.hold);
         if let Some(container) = self.containers.get_mut(&request.container) {
             container.execs.insert(request.exec.clone(), id);
         }
@@ -149,7 +149,7 @@ impl Agent {
     }
 
     /// Knows the child from now on. If it cannot be watched, it sees its channel closed and ends.
-    fn adopt(&mut self, child: Child, container: &str, exec: &str, ticket: Ticket) -> u32 {
+    fn adopt(&mut self, child: Child, container: &str, exec: &str, ticket: Ticket, hold: bool) -> u32 {
         let id = self.new_id();
         let Child { pid, pidfd, channel, slots } = child;
         let channel = self.watch(&channel, Source::Channel(id)).is_ok().then_some(channel);
@@ -161,6 +161,7 @@ impl Agent {
             pidfd,
             channel,
             state: State::SettingUp,
+            hold,
             caller: Some(ticket),
             waiters: Vec::new(),
             slots,
@@ -170,23 +171,22 @@ impl Agent {
         id
     }
 
-    /// Lets a held init go. The call is answered when the program runs, or cannot.
+    /// Lets a held process go. The call is answered when the program runs, or cannot.
     ///
     /// # Errors
     /// It is not held, or its streams are not connected.
-    pub fn start_container(&mut self, ticket: Ticket, container: &str) -> Result<()> {
-        let init = self.container(container)?.init;
-        let process =
-            self.processes.get(&init).ok_or_else(|| Error::internal("the container has no init"))?;
+    pub fn start_process(&mut self, ticket: Ticket, container: &str, exec: &str) -> Result<()> {
+        let id = self.process_id(container, exec)?;
+        let process = self.processes.get(&id).ok_or_else(|| Error::internal("the container has no init"))?;
         match &process.state {
             State::Held if process.unconnected() => {
                 Err(Error::precondition(format!("{}: not every stream is connected", process.name())))
             }
             State::Held => {
-                if let Some(process) = self.processes.get_mut(&init) {
+                if let Some(process) = self.processes.get_mut(&id) {
                     process.caller = Some(ticket);
                 }
-                self.release(init);
+                self.release(id);
                 Ok(())
             }
             State::SettingUp => Err(Error::precondition(format!("{} is not created yet", process.name()))),
@@ -200,7 +200,7 @@ impl Agent {
     /// Starts an exec whose last stream has just been connected.
     pub fn release_if_connected(&mut self, id: u32) {
         let Some(process) = self.processes.get(&id) else { return };
-        if matches!(process.state, State::Held) && !process.exec.is_empty() && !process.unconnected() {
+        if matches!(process.state, State::Held) && !process.hold && !process.unconnected() {
             self.release(id);
         }
     }
@@ -242,7 +242,7 @@ impl Agent {
         if is_init {
             let caller = process.caller.take();
             self.answer_maybe(caller, Ok(CreateContainerResponse { pid }));
-        } else if process.unconnected() {
+        } else if process.hold || process.unconnected() {
             let caller = process.caller.take();
             self.answer_maybe(caller, Ok(ExecProcessResponse { pid }));
         }
@@ -283,7 +283,7 @@ impl Agent {
         }
         process.state = State::Running;
         let (caller, pid) = (process.caller.take(), process.pid as u32);
-        if process.exec.is_empty() {
+        if process.hold {
             self.answer_maybe(caller, Ok(Empty {}));
         } else {
             self.answer_maybe(caller, Ok(ExecProcessResponse { pid }));

@@ -68,6 +68,8 @@ pub struct Process {
     pub channel: Option<OwnedFd>,
     /// Where it is in its life.
     pub state: State,
+    /// It starts when it is told to, rather than when its streams are connected.
+    pub hold: bool,
     /// The create, start or exec call that is to be answered.
     pub caller: Option<Ticket>,
     /// The wait calls that are to be answered.

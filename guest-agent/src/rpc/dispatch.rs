@@ -32,7 +32,10 @@ impl Agent {
                 self.later(ticket, payload, |agent, request| agent.create_container(ticket, &request))
             }
             "StartContainer" => self.later(ticket, payload, |agent, request: ContainerRequest| {
-                agent.start_container(ticket, &request.container)
+                agent.start_process(ticket, &request.container, "")
+            }),
+            "StartProcess" => self.later(ticket, payload, |agent, request: ProcessRequest| {
+                agent.start_process(ticket, &request.container, &request.exec)
             }),
             "ExecProcess" => {
                 self.later(ticket, payload, |agent, request| agent.exec_process(ticket, &request))

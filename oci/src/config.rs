@@ -1,0 +1,333 @@
+//! config.json: what is asked of the host is taken out and done here, the rest goes to the agent, which is strict too.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use bulkhead_runtime::monitor::Shape;
+use bulkhead_runtime::network::NamespaceRef;
+use bulkhead_runtime::shares::{Access, Shares};
+use bulkhead_runtime::{Context, Error, Result};
+use serde_json::{Value, json};
+
+use crate::log::Log;
+use crate::store::Hooks;
+
+/// Engines write some ten KiB.
+const MAX_BYTES: u64 = 8 << 20;
+/// What `dev.bulkhead.` annotations can say.
+const MEMORY: &str = "dev.bulkhead.memory";
+const VCPUS: &str = "dev.bulkhead.vcpus";
+/// Major numbers of character devices that mean the same in every kernel: memory, terminals, miscellaneous.
+const KNOWN_MAJORS: [i64; 4] = [1, 5, 10, 136];
+
+/// A bundle, read and understood.
+#[derive(Debug)]
+pub struct Bundle {
+    /// Absolute, without links.
+    pub dir: PathBuf,
+    /// Absolute, without links.
+    pub rootfs: PathBuf,
+    /// Run by the host.
+    pub hooks: Hooks,
+    /// Passed through.
+    pub annotations: BTreeMap<String, String>,
+    /// The process of the container.
+    pub process: Value,
+    /// Whether it has a terminal.
+    pub terminal: bool,
+    /// The network it is to have.
+    pub network: Wanted,
+    /// Name of the guest.
+    pub hostname: String,
+    spec: Value,
+    binds: Vec<usize>,
+}
+
+/// What config.json says about the network namespace.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Wanted {
+    /// One that exists.
+    Existing(NamespaceRef),
+    /// A new one, which an engine may furnish until `start`.
+    New,
+}
+
+fn usage(text: impl Into<String>) -> Error {
+    Error::Usage(text.into())
+}
+
+impl Bundle {
+    /// Reads and checks the bundle in `dir`.
+    ///
+    /// # Errors
+    /// A file is missing or malformed, or asks for what a container in a microVM cannot have.
+    pub fn read(dir: &Path, log: &Log) -> Result<Self> {
+        let dir = fs::canonicalize(dir).context(|| format!("cannot use the bundle {}", dir.display()))?;
+        let path = dir.join("config.json");
+        let mut spec = read_json(&path)?;
+        let version = text(&spec, "/ociVersion");
+        if !version.starts_with("1.") {
+            return Err(usage(format!("{}: ociVersion is {version:?}, 1.x is known", path.display())));
+        }
+        let in_file = |why: String| usage(format!("{}: {why}", path.display()));
+        let process = spec.get("process").cloned().ok_or_else(|| in_file("it has no process".into()))?;
+        let root = spec.pointer("/root/path").and_then(Value::as_str);
+        let root = root.ok_or_else(|| in_file("root.path is missing".into()))?;
+        let rootfs = fs::canonicalize(dir.join(root))
+            .context(|| format!("cannot use the root file system {}", dir.join(root).display()))?;
+        if !rootfs.is_dir() {
+            return Err(in_file(format!("root.path {} is no directory", rootfs.display())));
+        }
+        let from = |value: Option<&Value>, what: &str| value.cloned().map_or(Ok(json!({})), |value| {
+            if value.is_null() { Ok(json!({})) } else if value.is_object() { Ok(value) } else { Err(in_file(format!("{what} is no object"))) }
+        });
+        let hooks: Hooks = serde_json::from_value(from(spec.get("hooks"), "hooks")?)
+            .context(|| format!("{}: hooks", path.display()))?;
+        hooks.check()?;
+        let annotations = serde_json::from_value(from(spec.get("annotations"), "annotations")?)
+            .context(|| format!("{}: annotations", path.display()))?;
+        let network = take_namespaces(&mut spec).map_err(in_file)?;
+        check_devices(&spec).map_err(in_file)?;
+        drop_labels(&mut spec, log);
+        let binds = find_binds(&spec).map_err(in_file)?;
+        let mut spec = spec;
+        if let Some(fields) = spec.as_object_mut() {
+            for host in ["hooks", "annotations", "vm", "solaris", "windows"] {
+                fields.remove(host);
+            }
+        }
+        let terminal = process.get("terminal").and_then(Value::as_bool).unwrap_or(false);
+        let hostname = text(&spec, "/hostname").to_owned();
+        Ok(Self { dir, rootfs, hooks, annotations, process, terminal, network, hostname, spec, binds })
+    }
+
+    /// The machine that the container needs: its memory limit and CPUs, or what annotations say.
+    ///
+    /// # Errors
+    /// An annotation that is no number.
+    pub fn shape(&self) -> Result<Shape> {
+        let number = |key: &str| {
+            self.annotations.get(key).map(|value| {
+                value.parse::<u64>().map_err(|_| usage(format!("annotation {key}: {value:?} is no number")))
+            }).transpose()
+        };
+        let limit = |path: &str| self.spec.pointer(path).and_then(Value::as_i64).filter(|&limit| limit > 0);
+        let memory = limit("/linux/resources/memory/limit").and_then(|limit| u64::try_from(limit).ok());
+        let period = limit("/linux/resources/cpu/period").unwrap_or(100_000).max(1);
+        let milli_cpus = limit("/linux/resources/cpu/quota")
+            .and_then(|quota| u64::try_from(quota.saturating_mul(1000) / period).ok());
+        let mut shape = Shape::new(memory, milli_cpus.map(|cpus| cpus.max(1)));
+        if let Some(mib) = number(MEMORY)? {
+            shape.memory_mib = u32::try_from(mib).map_err(|_| usage(format!("annotation {MEMORY}: {mib} MiB")))?;
+        }
+        if let Some(vcpus) = number(VCPUS)? {
+            shape.vcpus = u8::try_from(vcpus).map_err(|_| usage(format!("annotation {VCPUS}: {vcpus}")))?;
+        }
+        Ok(shape)
+    }
+
+    /// Shares the root file system and all binds. Answers the guest's path of the root, and the spec for the agent.
+    ///
+    /// # Errors
+    /// A source does not exist.
+    pub fn share(&self, shares: &mut Shares) -> Result<(String, Value)> {
+        // Read-only is the guest's to enforce for the root: the mount points in it have to be made first.
+        let root = shares.add(&self.rootfs, Access::ReadWrite)?;
+        let mut spec = self.spec.clone();
+        for &index in &self.binds {
+            let Some(mount) = spec.pointer_mut(&format!("/mounts/{index}")) else { continue };
+            let source = self.dir.join(text(mount, "/source"));
+            let options = mount.get("options").and_then(Value::as_array).cloned().unwrap_or_default();
+            let read_only = options.iter().any(|option| matches!(option.as_str(), Some("ro" | "rro")));
+            let access = if read_only { Access::ReadOnly } else { Access::ReadWrite };
+            let guest = shares.add(&source, access)?;
+            if let Some(fields) = mount.as_object_mut() {
+                fields.insert("source".into(), guest.into());
+                fields.insert("type".into(), "bind".into());
+            }
+        }
+        Ok((root, spec))
+    }
+}
+
+impl Hooks {
+    fn check(&self) -> Result<()> {
+        let all = [
+            &self.prestart,
+            &self.create_runtime,
+            &self.create_container,
+            &self.start_container,
+            &self.poststart,
+            &self.poststop,
+        ];
+        for hook in all.into_iter().flatten() {
+            if !hook.path.is_absolute() {
+                return Err(usage(format!("hook {} is not an absolute path", hook.path.display())));
+            }
+            if hook.timeout.is_some_and(|seconds| seconds <= 0) {
+                return Err(usage(format!("hook {}: its timeout is not above 0", hook.path.display())));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Reads a JSON file of sensible size.
+///
+/// # Errors
+/// It is missing, too large, or no JSON.
+pub fn read_json(path: &Path) -> Result<Value> {
+    let what = || format!("cannot read {}", path.display());
+    let meta = fs::metadata(path).context(what)?;
+    if meta.len() > MAX_BYTES {
+        return Err(usage(format!("{} has {} bytes, over the limit of {MAX_BYTES}", path.display(), meta.len())));
+    }
+    // serde_json stops at 128 levels of nesting by itself.
+    serde_json::from_slice(&fs::read(path).context(what)?).context(|| format!("{} is malformed", path.display()))
+}
+
+fn text<'a>(value: &'a Value, pointer: &str) -> &'a str {
+    value.pointer(pointer).and_then(Value::as_str).unwrap_or_default()
+}
+
+fn take_namespaces(spec: &mut Value) -> Result<Wanted, String> {
+    let mut network = Wanted::Existing(NamespaceRef::Pid(1));
+    let Some(list) = spec.pointer_mut("/linux/namespaces").and_then(Value::as_array_mut) else {
+        return Err("linux.namespaces has no network namespace: the host's network cannot be a guest's".into());
+    };
+    let mut kept = Vec::new();
+    for namespace in list.drain(..) {
+        let (kind, path) = (text(&namespace, "/type").to_owned(), text(&namespace, "/path").to_owned());
+        match (kind.as_str(), path.as_str()) {
+            ("network", "") => network = Wanted::New,
+            ("network", path) => network = Wanted::Existing(NamespaceRef::Path(path.into())),
+            (_, "") => kept.push(namespace),
+            (kind, path) => {
+                return Err(format!(
+                    "linux.namespaces: the {kind} namespace {path} cannot be joined, it belongs to another kernel \
+                     (containers of one pod in one microVM come with the containerd shim)"
+                ));
+            }
+        }
+    }
+    *list = kept;
+    if network == Wanted::Existing(NamespaceRef::Pid(1)) {
+        return Err(
+            "linux.namespaces has no network namespace: the host's network cannot be a guest's (podman, docker: use \
+             another --network than host)"
+                .into(),
+        );
+    }
+    Ok(network)
+}
+
+fn check_devices(spec: &Value) -> Result<(), String> {
+    let devices = spec.pointer("/linux/devices").and_then(Value::as_array).into_iter().flatten();
+    for device in devices {
+        let (kind, path) = (text(device, "/type"), text(device, "/path"));
+        let major = device.get("major").and_then(Value::as_i64).unwrap_or(-1);
+        if kind != "p" && !(matches!(kind, "c" | "u") && KNOWN_MAJORS.contains(&major)) {
+            return Err(format!("linux.devices: {path} is a device of the host's, which a guest does not have"));
+        }
+    }
+    Ok(())
+}
+
+/// Labels of security modules that the guest's kernel does not have; its own kernel is the stronger wall.
+fn drop_labels(spec: &mut Value, log: &Log) {
+    let mut remove = |pointer: &str, key: &str| {
+        let fields = spec.pointer_mut(pointer).and_then(Value::as_object_mut);
+        if let Some(label) = fields.and_then(|fields| fields.remove(key))
+            && label.as_str().is_some_and(|label| !label.is_empty())
+        {
+            log.debug(&format!("{key} {label} has no effect: the guest's kernel has no such security module"));
+        }
+    };
+    remove("/process", "apparmorProfile");
+    remove("/process", "selinuxLabel");
+    remove("/linux", "mountLabel");
+    remove("/linux", "cgroupsPath");
+}
+
+/// Which mounts are of the host's files.
+fn find_binds(spec: &Value) -> Result<Vec<usize>, String> {
+    let mut binds = Vec::new();
+    let mounts = spec.get("mounts").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+    for (index, mount) in mounts.iter().enumerate() {
+        let destination = text(mount, "/destination");
+        if !destination.starts_with('/') {
+            return Err(format!("mounts[{index}].destination {destination:?} is not an absolute path"));
+        }
+        let options = mount.get("options").and_then(Value::as_array).into_iter().flatten();
+        let by_option = options.filter_map(Value::as_str).any(|option| matches!(option, "bind" | "rbind"));
+        if by_option || text(mount, "/type") == "bind" {
+            if text(mount, "/source").is_empty() {
+                return Err(format!("mounts[{index}]: the bind on {destination} has no source"));
+            }
+            binds.push(index);
+        }
+    }
+    Ok(binds)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn bundle(config: &str) -> Result<Bundle> {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("rootfs")).unwrap();
+        fs::write(dir.path().join("config.json"), config).unwrap();
+        let global = crate::args::Global {
+            version: false, debug: false, log: None, log_format: crate::args::LogFormat::Text,
+            root: None, systemd_cgroup: false, rootless: "auto".into(),
+        };
+        Bundle::read(dir.path(), &Log::open(&global).unwrap())
+    }
+
+    const GOOD: &str = r#"{"ociVersion":"1.2.0","process":{"args":["a"],"cwd":"/"},"root":{"path":"rootfs"},
+        "linux":{"namespaces":[{"type":"network"},{"type":"pid"}],"resources":{"memory":{"limit":134217728},
+        "cpu":{"quota":150000,"period":100000}}},"annotations":{"a":"b"}}"#;
+
+    #[test]
+    fn what_is_the_hosts_is_taken_out() {
+        let bundle = bundle(GOOD).unwrap();
+        assert_eq!(bundle.network, Wanted::New);
+        assert_eq!(bundle.spec.pointer("/linux/namespaces").unwrap(), &json!([{"type": "pid"}]));
+        assert!(bundle.spec.get("annotations").is_none());
+        let shape = bundle.shape().unwrap();
+        assert_eq!(shape.vcpus, 2);
+        assert!(shape.memory_mib > 128);
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused_with_its_name() {
+        for (from, to, word) in [
+            ("\"ociVersion\":\"1.2.0\"", "\"ociVersion\":\"2.0\"", "ociVersion"),
+            ("\"path\":\"rootfs\"", "\"path\":\"nowhere\"", "nowhere"),
+            ("{\"type\":\"network\"},", "", "network"),
+            ("{\"type\":\"pid\"}", "{\"type\":\"pid\",\"path\":\"/proc/1/ns/pid\"}", "pid namespace"),
+            ("\"annotations\":{\"a\":\"b\"}", "\"hooks\":{\"prestart\":[{\"path\":\"rel\"}]}", "absolute"),
+            ("\"annotations\":{\"a\":\"b\"}", "\"mounts\":[{\"destination\":\"/x\",\"type\":\"bind\"}]", "no source"),
+            ("\"annotations\":{\"a\":\"b\"}", "\"annotations\":[1]", "annotations"),
+            ("\"process\":", "\"processs\":", "process"),
+        ] {
+            assert!(GOOD.contains(from), "{from}");
+            let error = bundle(&GOOD.replace(from, to)).unwrap_err().chain();
+            assert!(error.contains(word), "{to}: {error}");
+        }
+        assert!(bundle(&"[".repeat(100_000)).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn no_damage_to_a_config_is_a_panic(cut in 0..GOOD.len(), byte in any::<u8>()) {
+            let mut bytes = GOOD.as_bytes().to_vec();
+            bytes[cut] = byte;
+            let _ = bundle(&String::from_utf8_lossy(&bytes));
+            let _ = bundle(&String::from_utf8_lossy(&bytes[..cut]));
+        }
+    }
+}

@@ -1,0 +1,73 @@
+//! Where messages go: standard error for a person, `--log FILE` for an engine, as logrus writes them.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+
+use bulkhead_runtime::logs::rfc3339;
+use bulkhead_runtime::state::now_ns;
+use bulkhead_runtime::{Context, Result};
+
+use crate::args::{Global, LogFormat};
+
+/// The log of this call.
+#[derive(Debug)]
+pub struct Log {
+    file: Option<File>,
+    format: LogFormat,
+    debug: bool,
+}
+
+impl Log {
+    /// Opens the log that was asked for.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn open(global: &Global) -> Result<Self> {
+        let open = |path: &std::path::PathBuf| {
+            OpenOptions::new()
+                .create(true)
+                .append(true)
+                .open(path)
+                .context(|| format!("cannot open the log {}", path.display()))
+        };
+        let file = global.log.as_ref().map(open).transpose()?;
+        Ok(Self { file, format: global.log_format, debug: global.debug })
+    }
+
+    /// What ended the call. Also to standard error: engines show whichever they read.
+    pub fn error(&self, message: &str) {
+        self.line("error", message);
+        eprintln!("bulkhead-oci: {message}");
+    }
+
+    /// What was not done as asked.
+    pub fn warn(&self, message: &str) {
+        self.line("warning", message);
+        if self.file.is_none() {
+            eprintln!("bulkhead-oci: warning: {message}");
+        }
+    }
+
+    /// What is done, with `--debug`.
+    pub fn debug(&self, message: &str) {
+        if self.debug {
+            self.line("debug", message);
+            if self.file.is_none() {
+                eprintln!("bulkhead-oci: {message}");
+            }
+        }
+    }
+
+    fn line(&self, level: &str, message: &str) {
+        let Some(mut file) = self.file.as_ref() else { return };
+        let time = rfc3339(now_ns());
+        let line = match self.format {
+            LogFormat::Json => {
+                serde_json::json!({"level": level, "msg": message, "time": time}).to_string() + "\n"
+            }
+            LogFormat::Text => format!("time={time:?} level={level} msg={message:?}\n"),
+        };
+        // One write, so that the lines of two callers do not mix. There is nobody to tell of a failure.
+        let _ = file.write_all(line.as_bytes());
+    }
+}

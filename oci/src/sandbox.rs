@@ -1,0 +1,532 @@
+//! The container's process as the host sees it: it makes the microVM, relays the streams it was started with, and ends
+//! as the container's process ends. Its pid is the state's pid.
+//!
+//! It is a fork of `create` and lives on its own after that: `start` and the other verbs reach it by a socket, or reach
+//! the agent in the guest directly.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use bulkhead_protocol::agent::{
+    ConfigureRequest, ContainerRequest, CreateContainerRequest, CreateContainerResponse, Empty, GuestInfo,
+    ProcessRequest, ResizeTerminalRequest, Rootfs, ShutdownRequest, SignalProcessRequest, Stdio, WaitProcessResponse,
+};
+use bulkhead_protocol::client::CallError;
+use bulkhead_runtime::guest::{Agent, Guest};
+use bulkhead_runtime::monitor::{Links, Monitor};
+use bulkhead_runtime::network::{self, NamespaceRef, Network};
+use bulkhead_runtime::relay::{Ends, Relay, Streams};
+use bulkhead_runtime::shares::{self, Lifetime, Server, Shares};
+use bulkhead_runtime::state::{Files, now_ns};
+use bulkhead_runtime::supervise::Wire;
+use bulkhead_runtime::terminal::Signals;
+use bulkhead_runtime::{Artefacts, Context, Error, Result, names, trace};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::thread::UnshareFlags;
+use serde::{Deserialize, Serialize};
+
+use crate::config::{Bundle, Wanted};
+use crate::store::{Container, Root, Status, start_of};
+use crate::{console, hooks};
+
+/// Said to `create`, over the socket pair of the fork.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Says {
+    /// The process and its network namespace are there: hooks of the runtime's namespaces may run.
+    Here(i32),
+    /// The container waits for `start`.
+    Created,
+    /// It could not be created.
+    Failed(String),
+}
+
+/// Said by `create`: its hooks have run.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct GoOn;
+
+/// Said over the sandbox's socket, one line of JSON each way.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Ask {
+    /// Let the process go.
+    Start,
+    /// Signal it.
+    Signal(u32),
+}
+
+/// The answer: empty when done, else why not.
+pub type Answer = String;
+
+/// Longest line over the socket, in bytes.
+const MAX_LINE: u64 = 64 << 10;
+/// How long a caller on the socket may take to say what it wants.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// All that a sandbox needs.
+pub struct Plan {
+    /// Where its state is kept.
+    pub root: Root,
+    /// Its files.
+    pub files: Files,
+    /// Its state so far.
+    pub container: Container,
+    /// What it is to run.
+    pub bundle: Bundle,
+    /// Monitor, kernel, initramfs.
+    pub artefacts: Artefacts,
+    /// Where the terminal's master goes.
+    pub console_socket: Option<PathBuf>,
+    /// To `create`.
+    pub caller: Wire,
+}
+
+/// The socket of a container's sandbox.
+pub fn socket(run: &Path) -> PathBuf {
+    run.join("oci")
+}
+
+/// Asks the sandbox for something and waits until it is done.
+///
+/// # Errors
+/// The sandbox is gone, or says no.
+pub fn ask(run: &Path, ask: &Ask) -> Result<()> {
+    let what = || "cannot reach the container's sandbox".to_owned();
+    let mut stream = UnixStream::connect(socket(run)).context(what)?;
+    let line = serde_json::to_string(ask).context(what)? + "\n";
+    stream.write_all(line.as_bytes()).context(what)?;
+    let mut answer = String::new();
+    stream.take(MAX_LINE).read_to_string(&mut answer).context(what)?;
+    match serde_json::from_str::<Answer>(&answer) {
+        Ok(answer) if answer.is_empty() => Ok(()),
+        Ok(answer) => Err(Error::Usage(answer)),
+        Err(_) => Err(Error::Usage("the container's sandbox ended before it answered".into())),
+    }
+}
+
+/// How the container's process ended.
+#[derive(Clone, Copy, Debug, Default)]
+struct End {
+    code: u8,
+    signal: i32,
+}
+
+/// A microVM with the container in it, its process held.
+struct Vm {
+    monitor: Monitor,
+    /// Serves the files; ends with us.
+    _server: Server,
+    streams: Option<Streams>,
+}
+
+struct Sandbox {
+    plan: Plan,
+    guest: Guest,
+    ends: Option<Ends>,
+    /// Our end of the container's terminal.
+    terminal: Option<OwnedFd>,
+    vm: Option<Vm>,
+    signals: Signals,
+    listener: UnixListener,
+}
+
+/// Runs a container to its end. The process ends as the container's did.
+pub fn run(plan: Plan) -> ! {
+    let caller = Wire(plan.caller.0.try_clone().unwrap_or_else(|_| std::process::exit(1)));
+    let mut created = false;
+    let end = live(plan, &mut created).unwrap_or_else(|error| {
+        let words: String = error.chain().chars().take(16 << 10).collect();
+        if !created {
+            let _ = caller.send(&Says::Failed(words));
+        }
+        End { code: 255, signal: 0 }
+    });
+    if end.signal != 0 {
+        end_by(end.signal);
+    }
+    // SAFETY: _exit has no preconditions; the caller's exit handlers are not ours.
+    unsafe { libc::_exit(end.code.into()) }
+}
+
+/// Ends this process by a signal, so that its parent sees what the container's process ended by.
+fn end_by(signal: i32) {
+    let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the arguments are integers and pointers to initialised values alive during the calls; a default action
+    // and an empty mask are always valid.
+    unsafe {
+        // No core file of this process is of use to anybody.
+        libc::setrlimit(libc::RLIMIT_CORE, &raw const none);
+        libc::signal(signal, libc::SIG_DFL);
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut set);
+        libc::sigaddset(&raw mut set, signal);
+        libc::sigprocmask(libc::SIG_UNBLOCK, &raw const set, std::ptr::null_mut());
+        libc::raise(signal);
+        libc::_exit(128 + signal)
+    }
+}
+
+fn live(plan: Plan, created: &mut bool) -> Result<End> {
+    let mut sandbox = Sandbox::new(plan)?;
+    let outcome = sandbox.live(created);
+    sandbox.put_away();
+    outcome
+}
+
+impl Sandbox {
+    /// What has to be there before anybody is told of us.
+    fn new(mut plan: Plan) -> Result<Self> {
+        let _ = rustix::process::setsid();
+        let signals = Signals::block()?;
+        let (ends, terminal) = ends(&plan)?;
+        let listener = UnixListener::bind(socket(&plan.files.run))
+            .context(|| format!("cannot listen on {}", socket(&plan.files.run).display()))?;
+        let container = &mut plan.container;
+        container.pid = std::process::id().cast_signed();
+        container.pid_start = start_of(container.pid).unwrap_or(0);
+        container.network = Some(match &plan.bundle.network {
+            Wanted::Existing(namespace) => namespace.clone(),
+            Wanted::New => {
+                // SAFETY: the process has one thread so far, which shares no file table with another.
+                unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET) }
+                    .context(|| "cannot make a network namespace".into())?;
+                NamespaceRef::Pid(std::process::id())
+            }
+        });
+        plan.root.save(container)?;
+        let guest = Guest::new(&plan.files.vsock());
+        Ok(Self { plan, guest, ends: Some(ends), terminal, vm: None, signals, listener })
+    }
+
+    fn live(&mut self, created: &mut bool) -> Result<End> {
+        let says = |plan: &Plan, message: &Says| {
+            plan.caller.send(message).context(|| "the caller of create has gone".into())
+        };
+        says(&self.plan, &Says::Here(self.plan.container.pid))?;
+        if self.plan.caller.receive::<GoOn>().is_none() {
+            return Err(Error::Interrupted);
+        }
+        // A new namespace may be furnished between `create` and `start`, as dockerd does: then the machine, whose
+        // interfaces those are, is made at `start`.
+        let late = self.plan.bundle.network == Wanted::New && !self.is_furnished();
+        if !late {
+            self.boot()?;
+        }
+        self.set_status(Status::Created)?;
+        says(&self.plan, &Says::Created)?;
+        *created = true;
+        self.let_go_of_the_caller();
+        match self.wait_for_start()? {
+            Some(relay) => self.attend(relay),
+            None => Ok(End { code: 137, signal: libc::SIGKILL }),
+        }
+    }
+
+    /// Whether the new namespace has any interface besides its loopback.
+    fn is_furnished(&self) -> bool {
+        std::fs::read_to_string("/proc/thread-self/net/dev")
+            .is_ok_and(|list| list.lines().skip(2).any(|line| !line.trim_start().starts_with("lo:")))
+    }
+
+    fn set_status(&mut self, status: Status) -> Result<()> {
+        self.plan.container.status = status;
+        self.plan.root.save(&self.plan.container)
+    }
+
+    /// The standard streams stay open in the relay alone.
+    fn let_go_of_the_caller(&self) {
+        let Ok(null) = File::options().read(true).write(true).open("/dev/null") else { return };
+        let _ = rustix::stdio::dup2_stdin(&null);
+        let _ = rustix::stdio::dup2_stdout(&null);
+        let _ = rustix::stdio::dup2_stderr(&null);
+    }
+
+    /// From nothing to a held process.
+    fn boot(&mut self) -> Result<()> {
+        let Plan { files, bundle, container, artefacts, .. } = &self.plan;
+        let mut shares = Shares::new(&files.run)?;
+        let (root, spec) = bundle.share(&mut shares)?;
+        let links = match &container.network {
+            Some(namespace) => {
+                let attachment = network::attach(namespace, &tag(files))?;
+                Links { network: attachment.network, fds: attachment.taps }
+            }
+            None => Links::default(),
+        };
+        let path = files.shares_log();
+        let log = File::create(&path).context(|| format!("cannot create {}", path.display()))?;
+        let mut server = shares.start(Lifetime::Parent, &log)?;
+        trace::mark("virtiofsd spawned");
+        let shape = bundle.shape()?;
+        let mut monitor = Monitor::start(artefacts, files, &shape, Vec::new(), Some(&mut server), &links)?;
+        drop(links.fds);
+        trace::mark("monitor spawned");
+        hooks::run("createContainer", &container.hooks.create_container, &container.state(Status::Creating))?;
+        let signals = &self.signals;
+        monitor.wait_ready(signals, || std::iter::from_fn(|| signals.next()).any(is_fatal))?;
+        trace::mark("agent up");
+        let mut agent = self.guest.agent()?;
+        configure(&mut agent, bundle, &links.network)?;
+        let stdio = self.stdio();
+        let request = CreateContainerRequest {
+            id: guest_id(&container.id),
+            spec: spec.to_string(),
+            rootfs: Some(Rootfs { shared: root, ..Rootfs::default() }),
+            stdio: Some(stdio),
+            files: Vec::new(),
+        };
+        let _: CreateContainerResponse = agent.call("CreateContainer", &request).map_err(refused)?;
+        trace::mark("container created");
+        let streams = Streams::connect(&self.guest, &guest_id(&container.id), "", &stdio, bundle.terminal)?;
+        self.vm = Some(Vm { monitor, _server: server, streams: Some(streams) });
+        Ok(())
+    }
+
+    fn stdio(&self) -> Stdio {
+        Stdio { stdin: true, stdout: true, stderr: !self.plan.bundle.terminal }
+    }
+
+    /// `None` when it was killed before.
+    fn wait_for_start(&mut self) -> Result<Option<Relay>> {
+        loop {
+            let lost = {
+                let nothing = &self.listener;
+                let monitor = self.vm.as_ref().map(|vm| &vm.monitor.pidfd);
+                let mut fds = [
+                    PollFd::new(&self.listener, PollFlags::IN),
+                    PollFd::new(&self.signals, PollFlags::IN),
+                    match monitor {
+                        Some(monitor) => PollFd::new(monitor, PollFlags::IN),
+                        None => PollFd::new(nothing, PollFlags::empty()),
+                    },
+                ];
+                wait(&mut fds)?;
+                !fds[2].revents().is_empty()
+            };
+            if lost && let Some(vm) = &mut self.vm {
+                return Err(Error::Monitor(vm.monitor.last_words("the microVM ended before the container was started")));
+            }
+            if std::iter::from_fn(|| self.signals.next()).any(is_fatal) {
+                return Ok(None);
+            }
+            let Some((mut caller, asked)) = self.next_call() else { continue };
+            match asked {
+                Ask::Signal(signal) => {
+                    answer(&mut caller, "");
+                    if is_fatal(signal) || signal == libc::SIGKILL.unsigned_abs() {
+                        return Ok(None);
+                    }
+                }
+                Ask::Start => match self.start() {
+                    Ok(relay) => {
+                        answer(&mut caller, "");
+                        return Ok(Some(relay));
+                    }
+                    Err(error) => {
+                        answer(&mut caller, &error.chain());
+                        return Err(error);
+                    }
+                },
+            }
+        }
+    }
+
+    fn next_call(&self) -> Option<(UnixStream, Ask)> {
+        let mut fds = [PollFd::new(&self.listener, PollFlags::IN)];
+        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+        if !matches!(poll(&mut fds, Some(&now)), Ok(1)) {
+            return None;
+        }
+        let (stream, _) = self.listener.accept().ok()?;
+        stream.set_read_timeout(Some(PATIENCE)).ok()?;
+        let mut line = Vec::new();
+        // Byte by byte, but the lines are short.
+        while line.last() != Some(&b'\n') && line.len() < 4096 {
+            let mut byte = [0];
+            (&stream).read_exact(&mut byte).ok()?;
+            line.push(byte[0]);
+        }
+        serde_json::from_slice(&line).ok().map(|ask| (stream, ask))
+    }
+
+    fn start(&mut self) -> Result<Relay> {
+        if self.vm.is_none() {
+            self.boot()?;
+        }
+        let container = &self.plan.container;
+        hooks::run("startContainer", &container.hooks.start_container, &container.state(Status::Created))?;
+        let gone = || Error::Monitor("the sandbox has lost its microVM".into());
+        let vm = self.vm.as_mut().ok_or_else(gone)?;
+        let streams = vm.streams.take().ok_or_else(gone)?;
+        let relay = Relay::start(streams, self.ends.take().unwrap_or_default())?;
+        let mut agent = self.guest.agent()?;
+        self.resize(&mut agent);
+        let request = ContainerRequest { container: guest_id(&container.id) };
+        let _: Empty = agent.call("StartContainer", &request).map_err(refused)?;
+        trace::mark("container started");
+        self.set_status(Status::Running)?;
+        Ok(relay)
+    }
+
+    /// Until the container's process has ended and all it wrote has been passed on.
+    fn attend(&mut self, relay: Relay) -> Result<End> {
+        let mut waiting = self.guest.agent()?;
+        let request = ProcessRequest { container: guest_id(&self.plan.container.id), exec: String::new() };
+        let call = waiting.send("WaitProcess", &request).context(|| "cannot wait for the container".into())?;
+        loop {
+            let Some(vm) = self.vm.as_mut() else { return Ok(End { code: 255, signal: 0 }) };
+            let (ended, lost) = {
+                let mut fds = [
+                    PollFd::new(waiting.stream(), PollFlags::IN),
+                    PollFd::new(&vm.monitor.pidfd, PollFlags::IN),
+                    PollFd::new(&self.signals, PollFlags::IN),
+                    PollFd::new(&self.listener, PollFlags::IN),
+                ];
+                wait(&mut fds)?;
+                (!fds[0].revents().is_empty(), !fds[1].revents().is_empty())
+            };
+            if ended {
+                match waiting.receive::<WaitProcessResponse>("WaitProcess", call) {
+                    Ok(end) => {
+                        relay.finish();
+                        return Ok(End {
+                            code: u8::try_from(end.exit_code).unwrap_or(255),
+                            signal: i32::try_from(end.signal).unwrap_or(0),
+                        });
+                    }
+                    Err(CallError::Io { .. }) => {}
+                    Err(error) => return Err(error).context(|| "cannot tell how the container ended".into()),
+                }
+            }
+            if ended || lost {
+                let words = vm.monitor.last_words("the microVM ended under the container");
+                let _ = std::fs::write(self.plan.files.dir.join("lost"), &words);
+                return Ok(End { code: 137, signal: libc::SIGKILL });
+            }
+            while let Some(signal) = self.signals.next() {
+                self.pass_on(signal);
+            }
+            if let Some((mut caller, asked)) = self.next_call() {
+                match asked {
+                    Ask::Start => answer(&mut caller, "cannot start a container that is running"),
+                    Ask::Signal(signal) => {
+                        self.pass_on(signal);
+                        answer(&mut caller, "");
+                    }
+                }
+            }
+        }
+    }
+
+    /// What is sent to this process is meant for the container's.
+    fn pass_on(&self, signal: u32) {
+        let Ok(mut agent) = self.guest.agent() else { return };
+        if signal == libc::SIGWINCH.unsigned_abs() && self.terminal.is_some() {
+            return self.resize(&mut agent);
+        }
+        let container = guest_id(&self.plan.container.id);
+        let request = SignalProcessRequest { container, exec: String::new(), signal, all: false };
+        // It may just have ended.
+        let _: Result<Empty, _> = agent.call("SignalProcess", &request);
+    }
+
+    fn resize(&self, agent: &mut Agent) {
+        let Some((rows, columns)) = self.terminal.as_ref().and_then(console::size) else { return };
+        let container = guest_id(&self.plan.container.id);
+        let request = ResizeTerminalRequest { container, exec: String::new(), rows, columns };
+        let _: Result<Empty, _> = agent.call("ResizeTerminal", &request);
+    }
+
+    /// Ends the microVM, its writes on the host's disk, and leaves the network as it was.
+    fn put_away(&mut self) {
+        if let Some(mut vm) = self.vm.take() {
+            if let Ok(mut agent) = self.guest.agent() {
+                // Pages that were written through shared mappings are still in the guest's memory.
+                let _ = agent.send("Shutdown", &ShutdownRequest { status: 0, sync: true });
+                vm.monitor.end();
+            }
+            drop(vm);
+        }
+        if let Some(namespace) = &self.plan.container.network {
+            let _ = network::detach(namespace, &tag(&self.plan.files));
+        }
+        let _ = self.set_status(Status::Stopped);
+        trace::mark("microVM ended");
+        trace::write(None);
+    }
+}
+
+/// What tells one sandbox's taps from another's.
+pub fn tag(files: &Files) -> String {
+    files.run.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+/// The agent's ids have fewer characters than runc's.
+pub fn guest_id(id: &str) -> String {
+    id.chars().map(|c| if c == '+' { '_' } else { c }).take(64).collect()
+}
+
+fn ends(plan: &Plan) -> Result<(Ends, Option<OwnedFd>)> {
+    if !plan.bundle.terminal {
+        return Ok((Ends::own(true)?, None));
+    }
+    let what = || "cannot use the container's terminal".to_owned();
+    let slave = match &plan.console_socket {
+        Some(socket) => {
+            let (master, slave) = console::open()?;
+            console::send(socket, "/dev/ptmx", &master)?;
+            // So that a resize is told by SIGWINCH.
+            let _ = rustix::process::ioctl_tiocsctty(&slave);
+            slave
+        }
+        None => std::io::stdin().as_fd().try_clone_to_owned().context(what)?,
+    };
+    let clone = || slave.try_clone().context(what);
+    let ends = Ends { input: Some(clone()?), output: Some(clone()?), ..Ends::default() };
+    Ok((ends, Some(slave)))
+}
+
+fn configure(agent: &mut Agent, bundle: &Bundle, network: &Network) -> Result<()> {
+    let mut entropy = vec![0; 32];
+    names::random(&mut entropy)?;
+    let request = ConfigureRequest {
+        hostname: bundle.hostname.clone(),
+        entropy,
+        realtime_ns: i64::try_from(now_ns()).unwrap_or(0),
+        shares: vec![shares::TAG.to_owned()],
+        network: Some(network.to_message()),
+    };
+    let info: GuestInfo = agent.call("Configure", &request).context(|| "cannot set the guest up".into())?;
+    if info.protocol == bulkhead_protocol::PROTOCOL_VERSION {
+        return Ok(());
+    }
+    Err(Error::Usage(format!(
+        "the guest's agent speaks protocol {}, this bulkhead-oci speaks {}: install both from one build",
+        info.protocol,
+        bulkhead_protocol::PROTOCOL_VERSION
+    )))
+}
+
+/// The agent's refusal, in words that engines look for.
+pub fn refused(error: CallError) -> Error {
+    Error::Agent { what: "cannot start the container's process".into(), source: error }
+}
+
+fn is_fatal(signal: u32) -> bool {
+    [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT].iter().any(|&known| known.unsigned_abs() == signal)
+}
+
+fn answer(caller: &mut UnixStream, text: &str) {
+    let line = serde_json::to_string(text).unwrap_or_default() + "\n";
+    // Who does not wait for the answer does not need it.
+    let _ = caller.write_all(line.as_bytes());
+}
+
+fn wait(fds: &mut [PollFd<'_>]) -> Result<()> {
+    match poll(fds, None) {
+        Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+        Err(errno) => Err(errno).context(|| "cannot wait for the container".into()),
+    }
+}
