@@ -79,9 +79,17 @@ impl Bundle {
         if !rootfs.is_dir() {
             return Err(in_file(format!("root.path {} is no directory", rootfs.display())));
         }
-        let from = |value: Option<&Value>, what: &str| value.cloned().map_or(Ok(json!({})), |value| {
-            if value.is_null() { Ok(json!({})) } else if value.is_object() { Ok(value) } else { Err(in_file(format!("{what} is no object"))) }
-        });
+        let from = |value: Option<&Value>, what: &str| {
+            value.cloned().map_or(Ok(json!({})), |value| {
+                if value.is_null() {
+                    Ok(json!({}))
+                } else if value.is_object() {
+                    Ok(value)
+                } else {
+                    Err(in_file(format!("{what} is no object")))
+                }
+            })
+        };
         let hooks: Hooks = serde_json::from_value(from(spec.get("hooks"), "hooks")?)
             .context(|| format!("{}: hooks", path.display()))?;
         hooks.check()?;
@@ -91,7 +99,6 @@ impl Bundle {
         check_devices(&spec).map_err(in_file)?;
         drop_labels(&mut spec, log);
         let binds = find_binds(&spec).map_err(in_file)?;
-        let mut spec = spec;
         if let Some(fields) = spec.as_object_mut() {
             for host in ["hooks", "annotations", "vm", "solaris", "windows"] {
                 fields.remove(host);
@@ -108,9 +115,14 @@ impl Bundle {
     /// An annotation that is no number.
     pub fn shape(&self) -> Result<Shape> {
         let number = |key: &str| {
-            self.annotations.get(key).map(|value| {
-                value.parse::<u64>().map_err(|_| usage(format!("annotation {key}: {value:?} is no number")))
-            }).transpose()
+            self.annotations
+                .get(key)
+                .map(|value| {
+                    value
+                        .parse::<u64>()
+                        .map_err(|_| usage(format!("annotation {key}: {value:?} is no number")))
+                })
+                .transpose()
         };
         let limit = |path: &str| self.spec.pointer(path).and_then(Value::as_i64).filter(|&limit| limit > 0);
         let memory = limit("/linux/resources/memory/limit").and_then(|limit| u64::try_from(limit).ok());
@@ -119,7 +131,8 @@ impl Bundle {
             .and_then(|quota| u64::try_from(quota.saturating_mul(1000) / period).ok());
         let mut shape = Shape::new(memory, milli_cpus.map(|cpus| cpus.max(1)));
         if let Some(mib) = number(MEMORY)? {
-            shape.memory_mib = u32::try_from(mib).map_err(|_| usage(format!("annotation {MEMORY}: {mib} MiB")))?;
+            shape.memory_mib =
+                u32::try_from(mib).map_err(|_| usage(format!("annotation {MEMORY}: {mib} MiB")))?;
         }
         if let Some(vcpus) = number(VCPUS)? {
             shape.vcpus = u8::try_from(vcpus).map_err(|_| usage(format!("annotation {VCPUS}: {vcpus}")))?;
@@ -181,10 +194,15 @@ pub fn read_json(path: &Path) -> Result<Value> {
     let what = || format!("cannot read {}", path.display());
     let meta = fs::metadata(path).context(what)?;
     if meta.len() > MAX_BYTES {
-        return Err(usage(format!("{} has {} bytes, over the limit of {MAX_BYTES}", path.display(), meta.len())));
+        return Err(usage(format!(
+            "{} has {} bytes, over the limit of {MAX_BYTES}",
+            path.display(),
+            meta.len()
+        )));
     }
     // serde_json stops at 128 levels of nesting by itself.
-    serde_json::from_slice(&fs::read(path).context(what)?).context(|| format!("{} is malformed", path.display()))
+    serde_json::from_slice(&fs::read(path).context(what)?)
+        .context(|| format!("{} is malformed", path.display()))
 }
 
 fn text<'a>(value: &'a Value, pointer: &str) -> &'a str {
@@ -194,7 +212,9 @@ fn text<'a>(value: &'a Value, pointer: &str) -> &'a str {
 fn take_namespaces(spec: &mut Value) -> Result<Wanted, String> {
     let mut network = Wanted::Existing(NamespaceRef::Pid(1));
     let Some(list) = spec.pointer_mut("/linux/namespaces").and_then(Value::as_array_mut) else {
-        return Err("linux.namespaces has no network namespace: the host's network cannot be a guest's".into());
+        return Err(
+            "linux.namespaces has no network namespace: the host's network cannot be a guest's".into()
+        );
     };
     let mut kept = Vec::new();
     for namespace in list.drain(..) {
@@ -228,7 +248,9 @@ fn check_devices(spec: &Value) -> Result<(), String> {
         let (kind, path) = (text(device, "/type"), text(device, "/path"));
         let major = device.get("major").and_then(Value::as_i64).unwrap_or(-1);
         if kind != "p" && !(matches!(kind, "c" | "u") && KNOWN_MAJORS.contains(&major)) {
-            return Err(format!("linux.devices: {path} is a device of the host's, which a guest does not have"));
+            return Err(format!(
+                "linux.devices: {path} is a device of the host's, which a guest does not have"
+            ));
         }
     }
     Ok(())
@@ -241,7 +263,9 @@ fn drop_labels(spec: &mut Value, log: &Log) {
         if let Some(label) = fields.and_then(|fields| fields.remove(key))
             && label.as_str().is_some_and(|label| !label.is_empty())
         {
-            log.debug(&format!("{key} {label} has no effect: the guest's kernel has no such security module"));
+            log.debug(&format!(
+                "{key} {label} has no effect: the guest's kernel has no such security module"
+            ));
         }
     };
     remove("/process", "apparmorProfile");
@@ -281,8 +305,13 @@ mod tests {
         fs::create_dir(dir.path().join("rootfs")).unwrap();
         fs::write(dir.path().join("config.json"), config).unwrap();
         let global = crate::args::Global {
-            version: false, debug: false, log: None, log_format: crate::args::LogFormat::Text,
-            root: None, systemd_cgroup: false, rootless: "auto".into(),
+            version: false,
+            debug: false,
+            log: None,
+            log_format: crate::args::LogFormat::Text,
+            root: None,
+            systemd_cgroup: false,
+            rootless: "auto".into(),
         };
         Bundle::read(dir.path(), &Log::open(&global).unwrap())
     }
@@ -310,7 +339,11 @@ mod tests {
             ("{\"type\":\"network\"},", "", "network"),
             ("{\"type\":\"pid\"}", "{\"type\":\"pid\",\"path\":\"/proc/1/ns/pid\"}", "pid namespace"),
             ("\"annotations\":{\"a\":\"b\"}", "\"hooks\":{\"prestart\":[{\"path\":\"rel\"}]}", "absolute"),
-            ("\"annotations\":{\"a\":\"b\"}", "\"mounts\":[{\"destination\":\"/x\",\"type\":\"bind\"}]", "no source"),
+            (
+                "\"annotations\":{\"a\":\"b\"}",
+                "\"mounts\":[{\"destination\":\"/x\",\"type\":\"bind\"}]",
+                "no source",
+            ),
             ("\"annotations\":{\"a\":\"b\"}", "\"annotations\":[1]", "annotations"),
             ("\"process\":", "\"processs\":", "process"),
         ] {

@@ -39,7 +39,10 @@ fn one(kind: &str, number: usize, hook: &Hook, state: &Value) -> Result<()> {
     let status = wait(&mut child, limit).context(what)?;
     let Some(status) = status else {
         let seconds = limit.unwrap_or_default().as_secs();
-        return Err(Error::Usage(format!("{}: it was killed after its timeout of {seconds} seconds", what())));
+        return Err(Error::Usage(format!(
+            "{}: it was killed after its timeout of {seconds} seconds",
+            what()
+        )));
     };
     if status.success() {
         return Ok(());
@@ -93,7 +96,10 @@ mod tests {
     #[test]
     fn failure_and_delay_are_told() {
         let error = run("prestart", &[hook("echo why >&2; exit 3", None)], &json!({})).unwrap_err().chain();
-        assert!(error.contains("prestart hook #0") && error.contains("why") && error.contains('3'), "{error}");
+        assert!(
+            error.contains("prestart hook #0") && error.contains("why") && error.contains('3'),
+            "{error}"
+        );
         let error = run("poststop", &[hook("exec /bin/sleep 100", Some(1))], &json!({})).unwrap_err().chain();
         assert!(error.contains("timeout of 1 second"), "{error}");
     }

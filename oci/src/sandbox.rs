@@ -13,7 +13,8 @@ use std::time::Duration;
 
 use bulkhead_protocol::agent::{
     ConfigureRequest, ContainerRequest, CreateContainerRequest, CreateContainerResponse, Empty, GuestInfo,
-    ProcessRequest, ResizeTerminalRequest, Rootfs, ShutdownRequest, SignalProcessRequest, Stdio, WaitProcessResponse,
+    ProcessRequest, ResizeTerminalRequest, Rootfs, ShutdownRequest, SignalProcessRequest, Stdio,
+    WaitProcessResponse,
 };
 use bulkhead_protocol::client::CallError;
 use bulkhead_runtime::guest::{Agent, Guest};
@@ -306,7 +307,9 @@ impl Sandbox {
                 !fds[2].revents().is_empty()
             };
             if lost && let Some(vm) = &mut self.vm {
-                return Err(Error::Monitor(vm.monitor.last_words("the microVM ended before the container was started")));
+                return Err(Error::Monitor(
+                    vm.monitor.last_words("the microVM ended before the container was started"),
+                ));
             }
             if std::iter::from_fn(|| self.signals.next()).any(is_fatal) {
                 return Ok(None);
@@ -374,7 +377,8 @@ impl Sandbox {
     fn attend(&mut self, relay: Relay) -> Result<End> {
         let mut waiting = self.guest.agent()?;
         let request = ProcessRequest { container: guest_id(&self.plan.container.id), exec: String::new() };
-        let call = waiting.send("WaitProcess", &request).context(|| "cannot wait for the container".into())?;
+        let call =
+            waiting.send("WaitProcess", &request).context(|| "cannot wait for the container".into())?;
         loop {
             let Some(vm) = self.vm.as_mut() else { return Ok(End { code: 255, signal: 0 }) };
             let (ended, lost) = {
@@ -515,7 +519,9 @@ pub fn refused(error: CallError) -> Error {
 }
 
 fn is_fatal(signal: u32) -> bool {
-    [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT].iter().any(|&known| known.unsigned_abs() == signal)
+    [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT]
+        .iter()
+        .any(|&known| known.unsigned_abs() == signal)
 }
 
 fn answer(caller: &mut UnixStream, text: &str) {

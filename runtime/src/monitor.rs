@@ -33,7 +33,9 @@ const CMDLINE: &str = "console=hvc0 quiet panic=-1 reboot=k noreplace-smp initca
 
 /// The shape of a machine.
 pub struct Shape {
+    /// Virtual processors, 1 to 32.
     pub vcpus: u8,
+    /// MiB.
     pub memory_mib: u32,
 }
 
@@ -55,7 +57,9 @@ impl Shape {
 /// The guest's network, and what the monitor connects its interfaces to: one descriptor each, in order.
 #[derive(Default)]
 pub struct Links {
+    /// For the agent.
     pub network: Network,
+    /// For the monitor.
     pub fds: Vec<OwnedFd>,
 }
 

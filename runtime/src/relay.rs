@@ -33,13 +33,7 @@ pub struct Streams {
 
 impl Streams {
     /// Connects the streams that were asked for; a terminal is one connection both ways.
-    pub fn connect(
-        guest: &Guest,
-        container: &str,
-        exec: &str,
-        wanted: &Stdio,
-        tty: bool,
-    ) -> Result<Self> {
+    pub fn connect(guest: &Guest, container: &str, exec: &str, wanted: &Stdio, tty: bool) -> Result<Self> {
         let open = |wanted: bool, kind| wanted.then(|| guest.stream(container, exec, kind, "")).transpose();
         if tty {
             let stdout = guest.stream(container, exec, Kind::Terminal, "")?;

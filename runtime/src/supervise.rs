@@ -54,27 +54,35 @@ pub(crate) enum Tell {
 
 /// A message socket between the two: one packet, one message.
 #[derive(Debug)]
-pub(crate) struct Wire(pub OwnedFd);
+pub struct Wire(pub OwnedFd);
 
 /// Longest message, in bytes: an error with the monitor's last words.
 const MAX_MESSAGE: usize = 64 << 10;
 
 impl Wire {
-    pub(crate) fn pair() -> Result<(Self, Self)> {
+    /// Both ends.
+    ///
+    /// # Errors
+    /// No descriptors are left.
+    pub fn pair() -> Result<(Self, Self)> {
         use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
         let (a, b) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
             .context(|| "cannot make a socket pair".into())?;
         Ok((Self(a), Self(b)))
     }
 
-    pub(crate) fn send(&self, message: &impl Serialize) -> io::Result<()> {
+    /// Sends a message.
+    ///
+    /// # Errors
+    /// The other side is gone.
+    pub fn send(&self, message: &impl Serialize) -> io::Result<()> {
         let text = serde_json::to_vec(message)?;
         rustix::net::send(&self.0, &text, rustix::net::SendFlags::NOSIGNAL)?;
         Ok(())
     }
 
     /// The next message, `None` when the other side is gone.
-    pub(crate) fn receive<M: for<'de> Deserialize<'de>>(&self) -> Option<M> {
+    pub fn receive<M: for<'de> Deserialize<'de>>(&self) -> Option<M> {
         let mut buffer = vec![0; MAX_MESSAGE];
         loop {
             match rustix::io::read(&self.0, &mut *buffer) {

@@ -130,7 +130,7 @@ fn forwarded_set() -> libc::sigset_t {
 
 /// Recognises the keys that detach from a terminal, in bytes that arrive in pieces.
 #[derive(Clone, Debug)]
-pub(crate) struct DetachKeys {
+pub struct DetachKeys {
     keys: Vec<u8>,
     matched: usize,
 }

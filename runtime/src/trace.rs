@@ -35,12 +35,12 @@ pub fn now_ns() -> u64 {
 }
 
 /// Whether marks are noted.
-pub(crate) fn enabled() -> bool {
+pub fn enabled() -> bool {
     MARKS.lock().unwrap_or_else(PoisonError::into_inner).is_some()
 }
 
 /// Writes the timeline, with the monitor's among ours.
-pub(crate) fn write(monitor: Option<&Value>) {
+pub fn write(monitor: Option<&Value>) {
     let Some(path) = env::var_os("BULKHEAD_TRACE").map(PathBuf::from) else { return };
     let Some(marks) = MARKS.lock().unwrap_or_else(PoisonError::into_inner).take() else { return };
     let ours = marks.iter().map(|&(name, ns)| ("bulkhead", name.to_owned(), ns));

@@ -1,0 +1,89 @@
+//! `bulkhead-oci`: an OCI runtime with runc's command line, whose containers are microVMs.
+//!
+//! Read in this order: [`verbs`] (what each verb does), [`sandbox`] (the process that is a container on the host),
+//! [`config`] (what of config.json is whose).
+
+mod args;
+mod config;
+mod console;
+mod hooks;
+mod log;
+mod sandbox;
+mod store;
+mod verbs;
+
+use std::process::ExitCode;
+
+use bulkhead_runtime::Error;
+use clap::Parser;
+
+use crate::args::{Arguments, Verb};
+use crate::log::Log;
+use crate::store::Root;
+
+/// What every verb works with.
+#[derive(Debug)]
+pub struct Context {
+    /// The containers.
+    pub root: Root,
+    /// Where messages go.
+    pub log: Log,
+}
+
+fn main() -> ExitCode {
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            let _ = error.print();
+            // As runc: 1 for every mistake.
+            return ExitCode::from(u8::from(error.use_stderr()));
+        }
+    };
+    if arguments.global.version {
+        println!("bulkhead-oci version {}\nspec: {}", env!("CARGO_PKG_VERSION"), store::SPEC_VERSION);
+        return ExitCode::SUCCESS;
+    }
+    let log = match Log::open(&arguments.global) {
+        Ok(log) => log,
+        Err(error) => {
+            eprintln!("bulkhead-oci: {}", error.chain());
+            return ExitCode::FAILURE;
+        }
+    };
+    let Some(verb) = arguments.verb else {
+        log.error("no verb is given: `bulkhead-oci --help` lists them");
+        return ExitCode::FAILURE;
+    };
+    let result = Root::new(arguments.global.root.as_deref()).and_then(|root| {
+        let context = Context { root, log: Log::open(&arguments.global)? };
+        run(&context, verb)
+    });
+    match result {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            log.error(&error.chain());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(context: &Context, verb: Verb) -> Result<u8, Error> {
+    use verbs::{create, exec, life, look, templates};
+    match verb {
+        Verb::Create(wish) => create::create(context, &wish).map(|_| 0),
+        Verb::Run(wish) => create::run(context, &wish),
+        Verb::Start(wish) => life::start(context, &wish.id).map(|()| 0),
+        Verb::Kill(wish) => life::kill(context, &wish).map(|()| 0),
+        Verb::Delete(wish) => life::delete(context, &wish.id, wish.force).map(|()| 0),
+        Verb::Pause(wish) => life::pause(context, &wish.id, true).map(|()| 0),
+        Verb::Resume(wish) => life::pause(context, &wish.id, false).map(|()| 0),
+        Verb::Update(wish) => life::update(context, &wish).map(|()| 0),
+        Verb::Exec(wish) => exec::exec(context, &wish),
+        Verb::State(wish) => look::state(context, &wish.id).map(|()| 0),
+        Verb::List(wish) => look::list(context, &wish).map(|()| 0),
+        Verb::Ps(wish) => look::ps(context, &wish).map(|()| 0),
+        Verb::Events(wish) => look::events(context, &wish).map(|()| 0),
+        Verb::Spec(wish) => templates::spec(&wish).map(|()| 0),
+        Verb::Features => templates::features().map(|()| 0),
+    }
+}

@@ -1,0 +1,192 @@
+//! `create` and `run`.
+
+use std::io::Read;
+use std::os::fd::OwnedFd;
+
+use bulkhead_runtime::state::now_ns;
+use bulkhead_runtime::supervise::Wire;
+use bulkhead_runtime::terminal::{Raw, Signals};
+use bulkhead_runtime::{Artefacts, Context as _, Error, Result, logs};
+use rustix::event::{PollFd, PollFlags, poll};
+
+use super::life;
+use crate::args::{Create, Run};
+use crate::config::Bundle;
+use crate::sandbox::{self, GoOn, Plan, Says};
+use crate::store::{Container, Hooks, Status};
+use crate::{Context, hooks};
+
+/// Makes a container whose process waits for `start`. Answers the pid of its sandbox.
+///
+/// # Errors
+/// Whatever is wrong; nothing is left then.
+pub fn create(context: &Context, wish: &Create) -> Result<i32> {
+    make(context, wish, true)
+}
+
+fn make(context: &Context, wish: &Create, detach: bool) -> Result<i32> {
+    super::refuse_fds(wish.preserve_fds)?;
+    let artefacts = Artefacts::find()?;
+    let bundle = Bundle::read(&wish.bundle, &context.log)?;
+    match (bundle.terminal, &wish.console_socket) {
+        (true, None) if detach => {
+            return Err(Error::Usage(
+                "cannot allocate tty if bulkhead-oci will detach without setting console socket".into(),
+            ));
+        }
+        (false, Some(_)) => {
+            return Err(Error::Usage(
+                "cannot use console socket if bulkhead-oci will not detach or allocate tty".into(),
+            ));
+        }
+        _ => {}
+    }
+    let files = context.root.reserve(&wish.id)?;
+    let container = Container {
+        id: wish.id.clone(),
+        status: Status::Creating,
+        pid: 0,
+        pid_start: 0,
+        bundle: bundle.dir.clone(),
+        rootfs: bundle.rootfs.clone(),
+        created: logs::rfc3339(now_ns()),
+        annotations: bundle.annotations.clone(),
+        hooks: bundle.hooks.clone(),
+        process: bundle.process.clone(),
+        network: None,
+        run: files.run.clone(),
+        owner: rustix::process::getuid().as_raw(),
+    };
+    let hooks = container.hooks.clone();
+    let plan = |caller| Plan {
+        root: context.root.clone(),
+        files,
+        container,
+        bundle,
+        artefacts,
+        console_socket: wish.console_socket.clone(),
+        caller,
+    };
+    launch(context, wish, &hooks, plan).inspect_err(|_| clean_up(context, &wish.id, &hooks))
+}
+
+/// After a failed `create`: the sandbox has ended or is ended.
+fn clean_up(context: &Context, id: &str, hooks: &Hooks) {
+    if let Ok(container) = context.root.load(id) {
+        life::end(&container);
+        let state = container.state(Status::Stopped);
+        let _ = hooks::run("poststop", &hooks.poststop, &state);
+    }
+    let _ = context.root.remove(id);
+}
+
+fn launch(context: &Context, wish: &Create, hooks: &Hooks, plan: impl FnOnce(Wire) -> Plan) -> Result<i32> {
+    let (wire, theirs) = Wire::pair()?;
+    let plan = plan(theirs);
+    // SAFETY: the process has one thread, so the child may go on as if nothing had happened.
+    match unsafe { libc::fork() } {
+        -1 => Err(std::io::Error::last_os_error()).context(|| "cannot fork the container's sandbox".into()),
+        0 => {
+            // With our side of the socket open in the child, our death would go unnoticed.
+            drop(wire);
+            sandbox::run(plan)
+        }
+        _ => {
+            drop(plan);
+            attend(context, wish, hooks, &wire)
+        }
+    }
+}
+
+/// Follows the sandbox until the container is created.
+fn attend(context: &Context, wish: &Create, hooks: &Hooks, wire: &Wire) -> Result<i32> {
+    let mut pid = 0;
+    loop {
+        match wire.receive::<Says>() {
+            Some(Says::Here(its)) => {
+                pid = its;
+                let state = context.root.load(&wish.id)?.state(Status::Creating);
+                hooks::run("prestart", &hooks.prestart, &state)?;
+                hooks::run("createRuntime", &hooks.create_runtime, &state)?;
+                wire.send(&GoOn).context(|| "the container's sandbox has ended".into())?;
+            }
+            Some(Says::Created) => {
+                if let Some(file) = &wish.pid_file {
+                    super::write_pid(file, pid)?;
+                }
+                if let Some(socket) = &wish.pidfd_socket {
+                    super::send_pidfd(socket, pid)?;
+                }
+                return Ok(pid);
+            }
+            Some(Says::Failed(message)) => return Err(Error::Monitor(message)),
+            None => return Err(Error::Monitor("the container's sandbox was killed".into())),
+        }
+    }
+}
+
+/// Creates and starts a container; unless detached, stands for it until its end and removes it.
+///
+/// # Errors
+/// It cannot be created or started.
+pub fn run(context: &Context, wish: &Run) -> Result<u8> {
+    let signals = Signals::block()?;
+    let pid = make(context, &wish.create, wish.detach)?;
+    let id = &wish.create.id;
+    let started = life::start(context, id);
+    if let Err(error) = started {
+        let _ = life::delete(context, id, true);
+        return Err(error);
+    }
+    if wish.detach {
+        return Ok(0);
+    }
+    let container = context.root.load(id)?;
+    let terminal = container.process.get("terminal").and_then(serde_json::Value::as_bool).unwrap_or(false);
+    let raw = if terminal && wish.create.console_socket.is_none() { Raw::enter()? } else { None };
+    let status = stand_for(pid, &signals);
+    drop(raw);
+    if !wish.keep {
+        life::delete(context, id, true)?;
+    }
+    status
+}
+
+/// Passes signals on to the sandbox, a child of ours, until it ends as the container's process did.
+fn stand_for(pid: i32, signals: &Signals) -> Result<u8> {
+    let what = || "cannot wait for the container".to_owned();
+    let none = || std::io::Error::from(std::io::ErrorKind::NotFound);
+    let child = rustix::process::Pid::from_raw(pid).ok_or_else(none).context(what)?;
+    let pidfd: OwnedFd =
+        rustix::process::pidfd_open(child, rustix::process::PidfdFlags::empty()).context(what)?;
+    loop {
+        let mut fds = [PollFd::new(&pidfd, PollFlags::IN), PollFd::new(signals, PollFlags::IN)];
+        match poll(&mut fds, None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => return Err(errno).context(what),
+        }
+        if !fds[0].revents().is_empty() {
+            let status =
+                rustix::process::waitpid(Some(child), rustix::process::WaitOptions::empty()).context(what)?;
+            let status = status.map(|(_, status)| status);
+            let code = status.and_then(|status| {
+                status.exit_status().or_else(|| status.terminating_signal().map(|signal| 128 + signal))
+            });
+            return Ok(code.and_then(|code| u8::try_from(code).ok()).unwrap_or(255));
+        }
+        while let Some(signal) = signals.next() {
+            // SAFETY: kill takes integers; the child is not reaped yet, so the pid is its own.
+            unsafe { libc::kill(pid, signal.cast_signed()) };
+        }
+    }
+}
+
+/// Reads all of standard input, for `update --resources -`.
+///
+/// # Errors
+/// It cannot be read.
+pub fn standard_input() -> Result<Vec<u8>> {
+    let mut text = Vec::new();
+    std::io::stdin().take(1 << 20).read_to_end(&mut text).context(|| "cannot read standard input".into())?;
+    Ok(text)
+}

@@ -1,0 +1,277 @@
+//! `exec`: one more process in a running container, which on the host is a process that relays its streams and ends as
+//! it does.
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use bulkhead_protocol::agent::{
+    Empty, ExecProcessRequest, ExecProcessResponse, ProcessRequest, ResizeTerminalRequest,
+    SignalProcessRequest, Stdio, WaitProcessResponse,
+};
+use bulkhead_runtime::guest::Guest;
+use bulkhead_runtime::relay::{Ends, Relay, Streams};
+use bulkhead_runtime::supervise::Wire;
+use bulkhead_runtime::terminal::{Raw, Signals};
+use bulkhead_runtime::{Context as _, Error, Result};
+use rustix::event::{PollFd, PollFlags, poll};
+use serde_json::{Value, json};
+
+use super::{guest, in_state};
+use crate::args::Exec;
+use crate::config::read_json;
+use crate::sandbox::{guest_id, refused};
+use crate::store::{Container, Status};
+use crate::{Context, console};
+
+/// Status of a call whose process could not be started, as runc.
+const CANNOT_START: u8 = 255;
+
+/// Runs a process. Answers its status, 0 when detached.
+///
+/// # Errors
+/// The container does not run, or the process cannot be made.
+pub fn exec(context: &Context, wish: &Exec) -> Result<u8> {
+    super::refuse_fds(wish.preserve_fds)?;
+    if let Some(cgroup) = &wish.cgroup {
+        return Err(Error::Usage(format!("--cgroup {cgroup}: processes run in the container's own group")));
+    }
+    let mut states = vec![Status::Running];
+    if wish.ignore_paused {
+        states.push(Status::Paused);
+    }
+    let container = in_state(context, &wish.id, &states, "exec in")?;
+    let process = process(wish, &container)?;
+    let terminal = process.get("terminal").and_then(Value::as_bool).unwrap_or(false);
+    if terminal && wish.detach && wish.console_socket.is_none() {
+        return Err(Error::Usage(
+            "cannot allocate tty if bulkhead-oci will detach without setting console socket".into(),
+        ));
+    }
+    if !wish.detach {
+        let signals = Signals::block()?;
+        let call = Call::make(wish, &container, &process, terminal)?;
+        if let Some(file) = &wish.pid_file {
+            super::write_pid(file, std::process::id().cast_signed())?;
+        }
+        let own = terminal && wish.console_socket.is_none();
+        let raw = if own { Raw::enter()? } else { None };
+        let status = call.run(&signals);
+        drop(raw);
+        return match status {
+            Err(error) => {
+                context.log.error(&error.chain());
+                Ok(CANNOT_START)
+            }
+            status => status,
+        };
+    }
+    detached(context, wish, &container, &process, terminal)
+}
+
+/// In a process of its own, which is the engine's when we have ended.
+fn detached(
+    context: &Context,
+    wish: &Exec,
+    container: &Container,
+    process: &Value,
+    terminal: bool,
+) -> Result<u8> {
+    let (ours, theirs) = Wire::pair()?;
+    // SAFETY: the process has one thread, so the child may go on as if nothing had happened.
+    match unsafe { libc::fork() } {
+        -1 => Err(std::io::Error::last_os_error()).context(|| "cannot fork".into()),
+        0 => {
+            drop(ours);
+            let _ = rustix::process::setsid();
+            let status = (|| {
+                let signals = Signals::block()?;
+                Call::make(wish, container, process, terminal).and_then(|mut call| {
+                    call.started = Some(theirs.0.try_clone().context(|| "cannot tell of the start".into())?);
+                    call.run(&signals)
+                })
+            })();
+            let code = status.unwrap_or_else(|error| {
+                let _ = theirs.send(&error.chain());
+                CANNOT_START
+            });
+            // SAFETY: _exit has no preconditions; the caller's exit handlers are not ours.
+            unsafe { libc::_exit(code.into()) }
+        }
+        child => {
+            drop(theirs);
+            match ours.receive::<String>() {
+                Some(error) if error.is_empty() => {}
+                error => {
+                    context.log.error(&error.unwrap_or_else(|| "the process of exec was killed".into()));
+                    return Ok(CANNOT_START);
+                }
+            }
+            if let Some(file) = &wish.pid_file {
+                super::write_pid(file, child)?;
+            }
+            if let Some(socket) = &wish.pidfd_socket {
+                super::send_pidfd(socket, child)?;
+            }
+            Ok(0)
+        }
+    }
+}
+
+/// The process of config.json with what the flags change, or the file's.
+fn process(wish: &Exec, container: &Container) -> Result<Value> {
+    let mut process = match &wish.process {
+        Some(file) => read_json(file)?,
+        None => container.process.clone(),
+    };
+    let fields =
+        process.as_object_mut().ok_or_else(|| Error::Usage("the process is no JSON object".into()))?;
+    for label in ["apparmorProfile", "selinuxLabel"] {
+        fields.remove(label);
+    }
+    if wish.process.is_some() {
+        return Ok(process);
+    }
+    if wish.command.is_empty() {
+        return Err(Error::Usage("exec needs a command, or --process".into()));
+    }
+    fields.insert("args".into(), json!(wish.command));
+    fields.insert("terminal".into(), wish.tty.into());
+    if let Some(cwd) = &wish.cwd {
+        fields.insert("cwd".into(), json!(cwd));
+    }
+    if wish.no_new_privs {
+        fields.insert("noNewPrivileges".into(), true.into());
+    }
+    if let Some(env) = fields.entry("env").or_insert_with(|| json!([])).as_array_mut() {
+        env.extend(wish.env.iter().map(|entry| json!(entry)));
+    }
+    if let Some(user) = &wish.user {
+        let bad = || Error::Usage(format!("--user {user}: write UID or UID:GID"));
+        let (uid, gid) = user.split_once(':').unwrap_or((user, "0"));
+        let uid: u32 = uid.parse().map_err(|_| bad())?;
+        let gid: u32 = gid.parse().map_err(|_| bad())?;
+        fields.insert("user".into(), json!({"uid": uid, "gid": gid}));
+    }
+    if !wish.additional_gids.is_empty()
+        && let Some(user) = fields.entry("user").or_insert_with(|| json!({})).as_object_mut()
+    {
+        user.insert("additionalGids".into(), json!(wish.additional_gids));
+    }
+    for set in ["bounding", "effective", "permitted", "ambient", "inheritable"] {
+        if wish.cap.is_empty() {
+            break;
+        }
+        let sets = fields.entry("capabilities").or_insert_with(|| json!({}));
+        if let Some(list) = sets.as_object_mut().map(|sets| sets.entry(set).or_insert_with(|| json!([])))
+            && let Some(list) = list.as_array_mut()
+        {
+            for cap in &wish.cap {
+                if !list.iter().any(|known| known.as_str() == Some(cap)) {
+                    list.push(json!(cap));
+                }
+            }
+        }
+    }
+    Ok(process)
+}
+
+/// A process that is held, its streams connected.
+struct Call {
+    guest: Guest,
+    container: String,
+    exec: String,
+    streams: Streams,
+    ends: Ends,
+    terminal: Option<OwnedFd>,
+    /// Told when the program runs.
+    started: Option<OwnedFd>,
+}
+
+impl Call {
+    fn make(wish: &Exec, container: &Container, process: &Value, terminal: bool) -> Result<Self> {
+        let guest = guest(container);
+        let stdio = Stdio { stdin: true, stdout: true, stderr: !terminal };
+        let (container, exec) = (guest_id(&container.id), format!("oci-{}", std::process::id()));
+        let request = ExecProcessRequest {
+            container: container.clone(),
+            exec: exec.clone(),
+            process: process.to_string(),
+            stdio: Some(stdio),
+            hold: true,
+        };
+        let _: ExecProcessResponse = guest.agent()?.call("ExecProcess", &request).map_err(refused)?;
+        let streams = Streams::connect(&guest, &container, &exec, &stdio, terminal)?;
+        let (ends, terminal) = if terminal {
+            let what = || "cannot use the terminal".to_owned();
+            let slave = match &wish.console_socket {
+                Some(socket) => {
+                    let (master, slave) = console::open()?;
+                    console::send(socket, "/dev/ptmx", &master)?;
+                    let _ = rustix::process::ioctl_tiocsctty(&slave);
+                    slave
+                }
+                None => std::io::stdin().as_fd().try_clone_to_owned().context(what)?,
+            };
+            let clone = || slave.try_clone().context(what);
+            (Ends { input: Some(clone()?), output: Some(clone()?), ..Ends::default() }, Some(slave))
+        } else {
+            (Ends::own(true)?, None)
+        };
+        Ok(Self { guest, container, exec, streams, ends, terminal, started: None })
+    }
+
+    /// From its start to its end and the last of its output.
+    fn run(self, signals: &Signals) -> Result<u8> {
+        let Self { guest, container, exec, streams, ends, terminal, started } = self;
+        let what = || "cannot wait for the process".to_owned();
+        let target = || ProcessRequest { container: container.clone(), exec: exec.clone() };
+        let mut agent = guest.agent()?;
+        let resize = |agent: &mut bulkhead_runtime::guest::Agent| {
+            if let Some((rows, columns)) = terminal.as_ref().and_then(console::size) {
+                let (container, exec) = (container.clone(), exec.clone());
+                let request = ResizeTerminalRequest { container, exec, rows, columns };
+                let _: Result<Empty, _> = agent.call("ResizeTerminal", &request);
+            }
+        };
+        resize(&mut agent);
+        let relay = Relay::start(streams, ends)?;
+        let _: Empty = agent.call("StartProcess", &target()).map_err(refused)?;
+        if let Some(started) = started {
+            let _ = Wire(started).send(&"");
+            let_go();
+        }
+        let call = agent.send("WaitProcess", &target()).context(what)?;
+        loop {
+            let mut fds = [PollFd::new(agent.stream(), PollFlags::IN), PollFd::new(signals, PollFlags::IN)];
+            match poll(&mut fds, None) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(errno) => return Err(errno).context(what),
+            }
+            let ended = !fds[0].revents().is_empty();
+            while let Some(signal) = signals.next() {
+                let Ok(mut other) = guest.agent() else { break };
+                if signal == libc::SIGWINCH.unsigned_abs() && terminal.is_some() {
+                    resize(&mut other);
+                    continue;
+                }
+                let (container, exec) = (container.clone(), exec.clone());
+                let request = SignalProcessRequest { container, exec, signal, all: false };
+                let _: Result<Empty, _> = other.call("SignalProcess", &request);
+            }
+            if ended {
+                let end: WaitProcessResponse = agent
+                    .receive("WaitProcess", call)
+                    .context(|| "the container ended under the process".into())?;
+                relay.finish();
+                return Ok(u8::try_from(end.exit_code).unwrap_or(255));
+            }
+        }
+    }
+}
+
+/// The standard streams stay open in the relay alone.
+fn let_go() {
+    let Ok(null) = std::fs::File::options().read(true).write(true).open("/dev/null") else { return };
+    let _ = rustix::stdio::dup2_stdin(&null);
+    let _ = rustix::stdio::dup2_stdout(&null);
+    let _ = rustix::stdio::dup2_stderr(&null);
+}

@@ -1,0 +1,179 @@
+//! `start`, `kill`, `delete`, `pause`, `resume`, `update`.
+
+use std::time::Duration;
+
+use bulkhead_protocol::agent::{ContainerRequest, Empty, SignalProcessRequest, UpdateContainerRequest};
+use bulkhead_runtime::options::parse_signal;
+use bulkhead_runtime::{Context as _, Error, Result, network};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use serde_json::{Map, Value, json};
+
+use super::{agent, create, in_state};
+use crate::args::{Kill, Update};
+use crate::config::read_json;
+use crate::sandbox::{self, Ask, guest_id};
+use crate::store::{Container, Status};
+use crate::{Context, hooks};
+
+/// How long a killed sandbox may take to go.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Lets a created container's process go.
+///
+/// # Errors
+/// It is in another state, or its program cannot be executed.
+pub fn start(context: &Context, id: &str) -> Result<()> {
+    let container = in_state(context, id, &[Status::Created], "start")?;
+    sandbox::ask(&container.run, &Ask::Start)?;
+    let state = container.state(Status::Running);
+    if let Err(error) = hooks::run("poststart", &container.hooks.poststart, &state) {
+        // The specification: log it and go on.
+        context.log.warn(&error.chain());
+    }
+    Ok(())
+}
+
+/// Signals the container's process, or all of them.
+///
+/// # Errors
+/// There is no such signal, or the container does not run.
+pub fn kill(context: &Context, wish: &Kill) -> Result<()> {
+    let signal = parse_signal(&wish.signal)?;
+    let container = context.root.load(&wish.id)?;
+    match container.status() {
+        Status::Stopped if wish.all => Ok(()),
+        Status::Stopped | Status::Creating => {
+            Err(Error::Usage(format!("container not running: {}", wish.id)))
+        }
+        Status::Created => sandbox::ask(&container.run, &Ask::Signal(signal)),
+        Status::Running | Status::Paused => {
+            let request = SignalProcessRequest {
+                container: guest_id(&container.id),
+                exec: String::new(),
+                signal,
+                all: wish.all,
+            };
+            match agent(&container).and_then(|mut agent| {
+                let done: Result<Empty, _> = agent.call("SignalProcess", &request);
+                done.context(|| format!("cannot signal container {}", wish.id))
+            }) {
+                // A guest that does not answer any more can still be ended.
+                Err(_) if signal == libc::SIGKILL.unsigned_abs() && container.lives() => {
+                    end(&container);
+                    Ok(())
+                }
+                result => result.map(drop),
+            }
+        }
+    }
+}
+
+/// Ends a sandbox at once and waits until it is gone.
+pub fn end(container: &Container) {
+    let Some(pid) = Pid::from_raw(container.pid) else { return };
+    let Ok(pidfd) = pidfd_open(pid, PidfdFlags::empty()) else { return };
+    // Only now is it certain that the descriptor is of the process we mean.
+    if !container.lives() {
+        return;
+    }
+    let _ = pidfd_send_signal(&pidfd, Signal::KILL);
+    let patience = Timespec { tv_sec: PATIENCE.as_secs().cast_signed(), tv_nsec: 0 };
+    let _ = poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&patience));
+}
+
+/// Removes a container.
+///
+/// # Errors
+/// It runs and `force` is not given, or it does not exist.
+pub fn delete(context: &Context, id: &str, force: bool) -> Result<()> {
+    let container = match context.root.load(id) {
+        Ok(container) => container,
+        // Half made, damaged or not there at all: with force, nothing of it is left.
+        Err(_) if force && context.root.exists(id) => return context.root.remove(id),
+        Err(_) if force => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    match container.status() {
+        Status::Stopped => {}
+        Status::Created => end(&container),
+        _ if force => end(&container),
+        status => {
+            return Err(Error::Usage(format!(
+                "cannot delete container {id} that is not stopped: {} (`delete --force` kills it)",
+                status.name()
+            )));
+        }
+    }
+    if let Some(namespace) = &container.network {
+        let files = context.root.files(id)?;
+        let _ = network::detach(namespace, &sandbox::tag(&files));
+    }
+    context.root.remove(id)?;
+    if let Err(error) = hooks::run("poststop", &container.hooks.poststop, &container.state(Status::Stopped)) {
+        context.log.warn(&error.chain());
+    }
+    Ok(())
+}
+
+/// Suspends or resumes all processes of a container.
+///
+/// # Errors
+/// It is in another state.
+pub fn pause(context: &Context, id: &str, pause: bool) -> Result<()> {
+    let (from, to, method, verb) = if pause {
+        (Status::Running, Status::Paused, "PauseContainer", "pause")
+    } else {
+        (Status::Paused, Status::Running, "ResumeContainer", "resume")
+    };
+    let mut container = in_state(context, id, &[from], verb)?;
+    let request = ContainerRequest { container: guest_id(id) };
+    let _: Empty =
+        agent(&container)?.call(method, &request).context(|| format!("cannot {verb} container {id}"))?;
+    container.status = to;
+    context.root.save(&container)
+}
+
+/// Changes a container's limits.
+///
+/// # Errors
+/// It does not run, or a limit is refused.
+pub fn update(context: &Context, wish: &Update) -> Result<()> {
+    let container =
+        in_state(context, &wish.id, &[Status::Running, Status::Paused, Status::Created], "update")?;
+    let resources = match &wish.resources {
+        Some(path) if path.as_os_str() == "-" => serde_json::from_slice(&create::standard_input()?)
+            .context(|| "the resources on standard input are malformed".into())?,
+        Some(path) => read_json(path)?,
+        None => from_flags(wish),
+    };
+    let request = UpdateContainerRequest { container: guest_id(&wish.id), resources: resources.to_string() };
+    let done: Result<Empty, _> = agent(&container)?.call("UpdateContainer", &request);
+    done.map(drop).context(|| format!("cannot update container {}", wish.id))
+}
+
+fn from_flags(wish: &Update) -> Value {
+    let object = |fields: Vec<(&str, Option<Value>)>| {
+        let given =
+            fields.into_iter().filter_map(|(name, value)| value.map(|value| (name.to_owned(), value)));
+        let given: Map<String, Value> = given.collect();
+        (!given.is_empty()).then_some(Value::Object(given))
+    };
+    let number = |value: Option<i64>| value.map(|value| json!(value));
+    let memory = object(vec![
+        ("limit", number(wish.memory)),
+        ("reservation", number(wish.memory_reservation)),
+        ("swap", number(wish.memory_swap)),
+    ]);
+    let cpu = object(vec![
+        ("period", wish.cpu_period.map(|value| json!(value))),
+        ("quota", number(wish.cpu_quota)),
+        ("shares", wish.cpu_share.map(|value| json!(value))),
+        ("cpus", wish.cpuset_cpus.as_ref().map(|value| json!(value))),
+        ("mems", wish.cpuset_mems.as_ref().map(|value| json!(value))),
+    ]);
+    let pids = object(vec![("limit", number(wish.pids_limit))]);
+    let block = object(vec![("weight", wish.blkio_weight.map(|value| json!(value)))]);
+    object(vec![("memory", memory), ("cpu", cpu), ("pids", pids), ("blockIO", block)])
+        .unwrap_or_else(|| json!({}))
+}
