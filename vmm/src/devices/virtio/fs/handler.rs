@@ -18,7 +18,7 @@ use crate::devices::virtio::{Activation, F_VERSION_1};
 use crate::memory::GuestMemory;
 
 /// How long a backend may take for one exchange; the first includes the rest of its start.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = if cfg!(test) { Duration::from_secs(1) } else { Duration::from_secs(10) };
 /// Virtio feature bit by which a backend says that it knows protocol features.
 const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
 
@@ -123,7 +123,8 @@ impl Backend {
     pub fn start(&mut self, activation: &Activation) -> Result<(), Lost> {
         let Activation { memory, queues, interrupt, features, kicks } = activation;
         let regions = memory.iter().map(VhostUserMemoryRegionInfo::from_guest_region);
-        let regions: Vec<_> = regions.collect::<Result<_, _>>().map_err(|e| Lost::Refused("share memory", e))?;
+        let regions: Vec<_> =
+            regions.collect::<Result<_, _>>().map_err(|e| Lost::Refused("share memory", e))?;
         let ready = queues.iter().zip(kicks.iter()).enumerate().filter(|(_, (queue, _))| queue.ready());
         let mut rings = Vec::new();
         for (index, (queue, kick)) in ready {

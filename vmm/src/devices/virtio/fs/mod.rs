@@ -7,7 +7,7 @@
 //! answered, processes that wait for them cannot even be killed), so the machine ends and says why.
 
 #[cfg(test)]
-mod backend;
+pub(super) mod backend;
 mod device;
 mod handler;
 mod metrics;
