@@ -1,6 +1,8 @@
 //! What the guest sees of a shared file system.
 
+use std::io;
 use std::os::fd::RawFd;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -35,14 +37,23 @@ impl Fs {
     /// Nobody listens on the socket, or the descriptor is no connected socket.
     pub fn new(config: &FilesystemConfig, exit: ExitRequest) -> Result<Self> {
         let failed = |source| Error::Backend { tag: config.tag.clone(), source };
-        let queues = usize::from(config.queues);
         let stream = config.connect().map_err(failed)?;
+        Self::served_by(stream, config, exit).map_err(failed)
+    }
+
+    /// A device whose backend is at the other end of `stream`.
+    pub(in super::super) fn served_by(
+        stream: UnixStream,
+        config: &FilesystemConfig,
+        exit: ExitRequest,
+    ) -> io::Result<Self> {
+        let queues = usize::from(config.queues);
         Ok(Self {
             tag: config.tag.clone(),
             config: config_space(&config.tag, config.queues),
             // One queue for urgent requests comes first.
             queue_sizes: vec![config.queue_size; queues + 1],
-            backend: Backend::new(stream, queues + 1).map_err(failed)?,
+            backend: Backend::new(stream, queues + 1)?,
             lost: false,
             exit,
             metrics: Arc::new(Metrics::default()),
@@ -150,7 +161,119 @@ impl VirtioDevice for Fs {
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::super::backend::{self, QUEUE_SIZE, serve};
     use super::*;
+    use crate::devices::virtio::driver::{DATA, Driver, WRITE};
+    use crate::devices::virtio::mmio::MmioTransport;
+
+    fn device(stream: UnixStream, exit: &ExitRequest) -> Box<Fs> {
+        let config = FilesystemConfig {
+            tag: "host".into(),
+            socket: None,
+            fd: Some(3),
+            queues: 1,
+            queue_size: QUEUE_SIZE,
+        };
+        Box::new(Fs::served_by(stream, &config, exit.clone()).unwrap())
+    }
+
+    fn host_event(transport: &MmioTransport) {
+        for fd in transport.host_fds() {
+            transport.host_event(fd);
+        }
+    }
+
+    fn ask(driver: &mut Driver, queue: u32) {
+        let before = driver.used(queue).0;
+        driver.put(DATA, b"stressed");
+        driver.offer(queue, 0, &[(DATA, 8, 0), (DATA + 64, 8, WRITE)]);
+        driver.kick(queue);
+        let start = Instant::now();
+        // The interrupt comes after the answer.
+        while driver.line.read().is_err() {
+            assert!(start.elapsed() < Duration::from_secs(10), "no interrupt");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert_eq!(driver.used(queue), (before + 1, (0, 8)));
+        assert_eq!(driver.get(DATA + 64, 8), b"desserts");
+        // The monitor has no part in it, and the driver must be told to look all the same.
+        assert_eq!(driver.read(0x60) & 1, 1);
+        driver.write(0x64, 1);
+        assert_eq!(driver.read(0x60) & 1, 1);
+    }
+
+    #[test]
+    fn requests_go_to_the_backend_and_back_also_after_a_reset() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let backend = serve(theirs, backend::Backend::default());
+        let exit = ExitRequest::new().unwrap();
+        let mut driver = Driver::new(device(ours, &exit));
+        for _ in 0..3 {
+            ask(&mut driver, 0);
+            ask(&mut driver, 1);
+            ask(&mut driver, 1);
+            host_event(&driver.transport);
+            assert_eq!(exit.outcome(), None);
+            driver.start();
+        }
+        drop(driver);
+        backend.join().unwrap();
+    }
+
+    #[test]
+    fn features_are_those_of_both() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let without = crate::devices::virtio::F_EVENT_IDX;
+        serve(theirs, backend::Backend::without(without));
+        let mut device = device(ours, &ExitRequest::new().unwrap());
+        device.acknowledged();
+        assert_eq!(device.features(), F_COMMON & !without);
+    }
+
+    #[test]
+    fn a_backend_that_goes_away_ends_the_machine() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let cut = theirs.try_clone().unwrap();
+        serve(theirs, backend::Backend::default());
+        let exit = ExitRequest::new().unwrap();
+        let driver = Driver::new(device(ours, &exit));
+        host_event(&driver.transport);
+        assert_eq!(exit.outcome(), None);
+        cut.shutdown(std::net::Shutdown::Both).unwrap();
+        host_event(&driver.transport);
+        assert_eq!(exit.outcome(), Some(Outcome::DeviceLost));
+        // And nothing waits for it any more.
+        driver.write(0x70, 0);
+    }
+
+    #[test]
+    fn a_backend_that_says_nothing_or_nonsense_ends_the_machine() {
+        for says in [&b""[..], &[7; 64]] {
+            let (ours, mut theirs) = UnixStream::pair().unwrap();
+            io::Write::write_all(&mut theirs, says).unwrap();
+            let exit = ExitRequest::new().unwrap();
+            let mut device = device(ours, &exit);
+            let start = Instant::now();
+            device.acknowledged();
+            assert!(start.elapsed() < Duration::from_secs(5));
+            assert_eq!(exit.outcome(), Some(Outcome::DeviceLost));
+        }
+    }
+
+    proptest::proptest! {
+        #![proptest_config(proptest::prelude::ProptestConfig::with_cases(64))]
+        #[test]
+        fn no_backend_can_break_the_monitor(says in proptest::collection::vec(proptest::num::u8::ANY, 0..200)) {
+            let (ours, mut theirs) = UnixStream::pair().unwrap();
+            io::Write::write_all(&mut theirs, &says).unwrap();
+            theirs.shutdown(std::net::Shutdown::Write).unwrap();
+            let exit = ExitRequest::new().unwrap();
+            device(ours, &exit).acknowledged();
+            assert_eq!(exit.outcome(), Some(Outcome::DeviceLost));
+        }
+    }
 
     #[test]
     fn the_configuration_space_has_tag_and_queues() {

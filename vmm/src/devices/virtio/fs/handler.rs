@@ -18,7 +18,7 @@ use crate::devices::virtio::{Activation, F_VERSION_1};
 use crate::memory::GuestMemory;
 
 /// How long a backend may take for one exchange; the first includes the rest of its start.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = if cfg!(test) { Duration::from_secs(1) } else { Duration::from_secs(10) };
 /// Virtio feature bit by which a backend says that it knows protocol features.
 const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
 

@@ -6,6 +6,8 @@
 //! What is left to do: to notice when the backend is gone. No driver survives that (requests under way are never
 //! answered, processes that wait for them cannot even be killed), so the machine ends and says why.
 
+#[cfg(test)]
+pub(super) mod backend;
 mod device;
 mod handler;
 mod metrics;
