@@ -139,8 +139,8 @@ fn address(bytes: &[u8]) -> Result<IpAddr> {
     if let Ok(octets) = <[u8; 4]>::try_from(bytes) {
         return Ok(Ipv4Addr::from(octets).into());
     }
-    let octets =
-        <[u8; 16]>::try_from(bytes).map_err(|_| Error::invalid(format!("{bytes:?} is no internet address")))?;
+    let octets = <[u8; 16]>::try_from(bytes)
+        .map_err(|_| Error::invalid(format!("{bytes:?} is no internet address")))?;
     Ok(Ipv6Addr::from(octets).into())
 }
 
@@ -162,7 +162,8 @@ mod tests {
 
     #[test]
     fn an_interface_that_is_not_there_is_named() {
-        let interface = NetworkInterface { mac: vec![2, 0, 0, 0, 0, 9], name: "eth7".into(), ..Default::default() };
+        let interface =
+            NetworkInterface { mac: vec![2, 0, 0, 0, 0, 9], name: "eth7".into(), ..Default::default() };
         let error = find(&[], &interface).unwrap_err();
         assert!(error.message.contains("02:00:00:00:00:09") && error.message.contains("eth7"), "{error}");
     }

@@ -145,7 +145,8 @@ impl Socket {
         }
         if change.no_generated_addresses {
             request = request.nested(IFLA_AF_SPEC, |families| {
-                families.nested(libc::AF_INET6 as u16, |inet6| inet6.attribute(ADDR_GEN_MODE, &[ADDR_GEN_NONE]))
+                families
+                    .nested(libc::AF_INET6 as u16, |inet6| inet6.attribute(ADDR_GEN_MODE, &[ADDR_GEN_NONE]))
             });
         }
         self.execute(request)
@@ -170,7 +171,14 @@ mod tests {
         let mac: Mac = "02:00:00:0a:0B:ff".parse().unwrap();
         assert_eq!(mac, Mac([2, 0, 0, 10, 11, 255]));
         assert_eq!(mac.to_string(), "02:00:00:0a:0b:ff");
-        for bad in ["", "02:00:00:00:00", "02:00:00:00:00:00:00", "2:0:0:0:0:0", "02:00:00:00:00:0g", "+2:00:00:00:00:00x"] {
+        for bad in [
+            "",
+            "02:00:00:00:00",
+            "02:00:00:00:00:00:00",
+            "2:0:0:0:0:0",
+            "02:00:00:00:00:0g",
+            "+2:00:00:00:00:00x",
+        ] {
             assert!(bad.parse::<Mac>().is_err(), "{bad:?}");
         }
     }

@@ -4,7 +4,9 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use libc::{NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_REPLACE, RTM_GETROUTE, RTM_NEWROUTE};
-use libc::{RTA_DST, RTA_GATEWAY, RTA_METRICS, RTA_MULTIPATH, RTA_OIF, RTA_PREFSRC, RTA_PRIORITY, RTA_TABLE, RTA_VIA};
+use libc::{
+    RTA_DST, RTA_GATEWAY, RTA_METRICS, RTA_MULTIPATH, RTA_OIF, RTA_PREFSRC, RTA_PRIORITY, RTA_TABLE, RTA_VIA,
+};
 
 use crate::Socket;
 use crate::message::{Attributes, Message, Request, address_bytes, address_of, family_of, u8_at, u32_at};
@@ -91,7 +93,8 @@ impl Route {
             request = if gateway.is_ipv4() == self.destination.is_ipv4() {
                 request.address(RTA_GATEWAY, gateway)
             } else {
-                let via = [u16::from(family_of(gateway)).to_ne_bytes().to_vec(), address_bytes(gateway)].concat();
+                let via =
+                    [u16::from(family_of(gateway)).to_ne_bytes().to_vec(), address_bytes(gateway)].concat();
                 request.attribute(RTA_VIA, &via)
             };
         }

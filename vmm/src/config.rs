@@ -427,7 +427,10 @@ mod tests {
             (r#"{"boot":{"kernel":"k"},"networks":[{"tap":"a name that is too long"}]}"#, "15"),
             (r#"{"boot":{"kernel":"k"},"networks":[{"tap":"t","mtu":67}]}"#, "mtu"),
             (r#"{"boot":{"kernel":"k"},"networks":[{"tap":"t","mac":"x"}]}"#, "mac"),
-            (r#"{"boot":{"kernel":"k"},"networks":[{"tap":"t","mac":"01:00:00:00:00:01"}]}"#, "one interface"),
+            (
+                r#"{"boot":{"kernel":"k"},"networks":[{"tap":"t","mac":"01:00:00:00:00:01"}]}"#,
+                "one interface",
+            ),
         ] {
             let error = parse(text).unwrap_err();
             assert!(error.to_string().contains(word), "{text}: {error}");

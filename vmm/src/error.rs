@@ -133,7 +133,9 @@ impl Error {
             | Self::CmdlineTooLong { .. } => STATUS_USAGE,
             Self::Input { .. } | Self::BadKernel { .. } => STATUS_NO_INPUT,
             Self::KvmOpen { .. } | Self::KvmLacks(_) | Self::Kvm { .. } => STATUS_KVM_UNUSABLE,
-            Self::Os { .. } | Self::Listen { .. } | Self::Network { .. } | Self::GuestMemory { .. } => STATUS_OS,
+            Self::Os { .. } | Self::Listen { .. } | Self::Network { .. } | Self::GuestMemory { .. } => {
+                STATUS_OS
+            }
         }
     }
 

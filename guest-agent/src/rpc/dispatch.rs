@@ -25,9 +25,9 @@ impl Agent {
         let payload = request.payload.as_slice();
         match request.method.as_str() {
             "Configure" => self.now(ticket, payload, |_, request| guest::configure(&request)),
-            "ConfigureNetwork" => self.now(ticket, payload, |_, request| {
-                crate::network::configure(&request).map(|()| Empty {})
-            }),
+            "ConfigureNetwork" => {
+                self.now(ticket, payload, |_, request| crate::network::configure(&request).map(|()| Empty {}))
+            }
             "CreateContainer" => {
                 self.later(ticket, payload, |agent, request| agent.create_container(ticket, &request))
             }

@@ -178,7 +178,7 @@ fn of(link: &Link, route: &bulkhead_netlink::Route) -> Option<Route> {
         && route.kind == libc::RTN_UNICAST
         // The guest's kernel makes these for addresses, as this one did.
         && route.protocol != libc::RTPROT_KERNEL;
-    wanted.then(|| Route {
+    wanted.then_some(Route {
         destination: route.destination,
         prefix: route.prefix,
         gateway: route.gateway,
@@ -233,7 +233,9 @@ mod tests {
         };
         let link = link("eth0");
         assert!(of(&link, &route).is_some());
-        assert!(of(&link, &bulkhead_netlink::Route { protocol: libc::RTPROT_KERNEL, ..route.clone() }).is_none());
+        assert!(
+            of(&link, &bulkhead_netlink::Route { protocol: libc::RTPROT_KERNEL, ..route.clone() }).is_none()
+        );
         assert!(of(&link, &bulkhead_netlink::Route { table: 255, ..route.clone() }).is_none());
         assert!(of(&link, &bulkhead_netlink::Route { link: Some(3), ..route }).is_none());
     }

@@ -13,8 +13,8 @@ mod namespace;
 mod passt;
 mod resolver;
 mod tap;
-mod wish;
 mod wire;
+mod wish;
 
 use std::fmt;
 use std::os::fd::OwnedFd;
@@ -28,7 +28,8 @@ use serde::{Deserialize, Serialize};
 use crate::{Context, Error, Result};
 
 pub use describe::{Address, Interface, Neighbour, Network, Route};
-pub(crate) use passt::{Passt, inherit};
+pub(crate) use passt::Passt;
+pub use passt::inherit;
 pub use resolver::{hosts, resolv_conf};
 pub use wish::{NetworkWish, Port};
 
@@ -70,10 +71,13 @@ struct Tag(u32);
 impl Tag {
     /// The tag of the sandbox `owner`: any text, its first 8 characters when they are hexadecimal digits, as an id's are.
     fn of(owner: &str) -> Self {
-        let number = owner.get(..8).and_then(|digits| u32::from_str_radix(digits, 16).ok()).unwrap_or_else(|| {
-            // FNV-1a: spreads names well enough, and is the same in every build.
-            owner.bytes().fold(0x811c_9dc5, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193))
-        });
+        let number =
+            owner.get(..8).and_then(|digits| u32::from_str_radix(digits, 16).ok()).unwrap_or_else(|| {
+                // FNV-1a: spreads names well enough, and is the same in every build.
+                owner
+                    .bytes()
+                    .fold(0x811c_9dc5, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193))
+            });
         Self(number.max(1))
     }
 

@@ -14,7 +14,10 @@ use crate::{Context, Error, Result};
 ///
 /// # Errors
 /// There is no such namespace, it is the caller's own or the host's, it cannot be entered; or what `work` says.
-pub(super) fn within<T: Send>(namespace: &NamespaceRef, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+pub(super) fn within<T: Send>(
+    namespace: &NamespaceRef,
+    work: impl FnOnce() -> Result<T> + Send,
+) -> Result<T> {
     let path = namespace.path();
     let file = File::open(&path).context(|| {
         format!("cannot open the {namespace} (`ip netns` lists those with a name, `lsns -t net` all)")
@@ -28,7 +31,9 @@ pub(super) fn within<T: Send>(namespace: &NamespaceRef, work: impl FnOnce() -> R
                     Error::Usage(format!("{} is not a network namespace", path.display()))
                 }
                 rustix::io::Errno::PERM => Error::Io {
-                    what: format!("cannot enter the {namespace}: that takes root, or the right in its user namespace"),
+                    what: format!(
+                        "cannot enter the {namespace}: that takes root, or the right in its user namespace"
+                    ),
                     source,
                 },
                 _ => Error::Io { what: format!("cannot enter the {namespace}"), source },
@@ -41,7 +46,9 @@ pub(super) fn within<T: Send>(namespace: &NamespaceRef, work: impl FnOnce() -> R
             .spawn_scoped(scope, || enter().and_then(|()| work()))
             .context(|| "cannot start a thread".into())?;
         thread.join().unwrap_or_else(|_| {
-            Err(Error::Usage(format!("the work in the {namespace} ended unexpectedly; this is an error of bulkhead's")))
+            Err(Error::Usage(format!(
+                "the work in the {namespace} ended unexpectedly; this is an error of bulkhead's"
+            )))
         })
     })
 }
@@ -50,7 +57,9 @@ pub(super) fn within<T: Send>(namespace: &NamespaceRef, work: impl FnOnce() -> R
 fn refuse_own(namespace: &NamespaceRef, file: &File) -> Result<()> {
     let identity = |about: fs::Metadata| (about.dev(), about.ino());
     let wanted = identity(file.metadata().context(|| format!("cannot look at the {namespace}"))?);
-    for (whose, path) in [("this process's own", "/proc/thread-self/ns/net"), ("the host's", "/proc/1/ns/net")] {
+    for (whose, path) in
+        [("this process's own", "/proc/thread-self/ns/net"), ("the host's", "/proc/1/ns/net")]
+    {
         if fs::metadata(path).is_ok_and(|about| identity(about) == wanted) {
             return Err(Error::Usage(format!(
                 "the {namespace} is {whose}: a sandbox takes all traffic of the interfaces it is given, which would \

@@ -63,7 +63,8 @@ impl Passt {
         inherit(&mut command, vec![fd]);
         let output = command.stdin(Stdio::null()).output().map_err(|source| match source.kind() {
             io::ErrorKind::NotFound => Error::Usage(
-                "--network passt needs the program passt, which is not installed (apt-get install passt)".into(),
+                "--network passt needs the program passt, which is not installed (apt-get install passt)"
+                    .into(),
             ),
             _ => Error::Io { what: what(), source },
         })?;
@@ -111,7 +112,7 @@ fn network() -> Network {
 }
 
 /// Lets the program inherit these descriptors under their own numbers.
-pub(crate) fn inherit(command: &mut Command, fds: Vec<RawFd>) {
+pub fn inherit(command: &mut Command, fds: Vec<RawFd>) {
     if fds.is_empty() {
         return;
     }

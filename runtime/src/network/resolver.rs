@@ -35,7 +35,8 @@ fn choose(servers: &[IpAddr], texts: &[String]) -> String {
     };
     if servers.is_empty() {
         for text in texts {
-            let found: Vec<_> = text.lines().filter_map(server).filter(|found| !found.0.is_loopback()).collect();
+            let found: Vec<_> =
+                text.lines().filter_map(server).filter(|found| !found.0.is_loopback()).collect();
             if !found.is_empty() {
                 return found.iter().fold(rest(text), |all, (_, line)| all + line + "\n");
             }
@@ -82,7 +83,8 @@ mod tests {
     #[test]
     fn servers_on_the_hosts_loopback_are_no_use() {
         let stub = "# comment\nnameserver 127.0.0.53\nsearch a.example\n".to_owned();
-        let behind = "nameserver 192.0.2.1\nnameserver fe80::1%eth0\nsearch b.example\noptions edns0\n".to_owned();
+        let behind =
+            "nameserver 192.0.2.1\nnameserver fe80::1%eth0\nsearch b.example\noptions edns0\n".to_owned();
         assert_eq!(
             choose(&[], &[stub.clone(), behind]),
             "search b.example\noptions edns0\nnameserver 192.0.2.1\nnameserver fe80::1%eth0\n"

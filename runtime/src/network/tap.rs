@@ -12,12 +12,10 @@ use std::os::unix::fs::OpenOptionsExt;
 /// `/dev/net/tun` is not there or not permitted, or the name is in use.
 pub(super) fn create(name: &str) -> io::Result<(OwnedFd, u32)> {
     const DEVICE: &str = "/dev/net/tun";
-    let file: File = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .custom_flags(libc::O_NONBLOCK)
-        .open(DEVICE)
-        .map_err(|error| io::Error::new(error.kind(), format!("{DEVICE}: {error} (is the module tun loaded?)")))?;
+    let file: File =
+        OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(DEVICE).map_err(
+            |error| io::Error::new(error.kind(), format!("{DEVICE}: {error} (is the module tun loaded?)")),
+        )?;
     // SAFETY: ifreq is plain data, for which zero is valid.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     for (to, from) in request.ifr_name.iter_mut().take(libc::IFNAMSIZ - 1).zip(name.bytes()) {

@@ -39,7 +39,9 @@ impl NetworkWish {
                 "the container has a kernel of its own, and with it a network of its own: the host's cannot be shared. \
                  {CHOICES}"
             )),
-            Some(("ns", path)) if path.starts_with('/') => Ok(Self::Namespace(NamespaceRef::Path(PathBuf::from(path)))),
+            Some(("ns", path)) if path.starts_with('/') => {
+                Ok(Self::Namespace(NamespaceRef::Path(PathBuf::from(path))))
+            }
             Some(("ns", path)) => bad(format!("{path:?} is not an absolute path, like /run/netns/NAME")),
             _ => bad(CHOICES.to_owned()),
         }
@@ -83,7 +85,8 @@ impl Port {
         let (address, host) = match rest.rsplit_once(':') {
             None => (None, rest),
             Some((address, host)) => {
-                let inner = address.strip_prefix('[').and_then(|inner| inner.strip_suffix(']')).unwrap_or(address);
+                let inner =
+                    address.strip_prefix('[').and_then(|inner| inner.strip_suffix(']')).unwrap_or(address);
                 (Some(inner.parse().map_err(|_| bad(&format!("{address:?} is not an address")))?), host)
             }
         };
@@ -106,7 +109,9 @@ mod tests {
         assert_eq!(NetworkWish::parse("none").unwrap(), NetworkWish::None);
         let wish = NetworkWish::Namespace(NamespaceRef::Path("/run/netns/x".into()));
         assert_eq!(NetworkWish::parse("ns:/run/netns/x").unwrap(), wish);
-        for (text, why) in [("host", "kernel of its own"), ("bridge", "passt"), ("ns:x", "absolute"), ("", "none")] {
+        for (text, why) in
+            [("host", "kernel of its own"), ("bridge", "passt"), ("ns:x", "absolute"), ("", "none")]
+        {
             let error = NetworkWish::parse(text).unwrap_err().to_string();
             assert!(error.contains(why), "{error}");
         }

@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use clap::{CommandFactory, FromArgMatches, Parser, ValueEnum};
 use vmm::config::{
-    BootConfig, Config, ConsoleConfig, DEFAULT_CMDLINE, DiskConfig, Input, MachineConfig, NetworkConfig, Output,
-    SerialConfig, VsockConfig,
+    BootConfig, Config, ConsoleConfig, DEFAULT_CMDLINE, DiskConfig, Input, MachineConfig, NetworkConfig,
+    Output, SerialConfig, VsockConfig,
 };
 use vmm::control::{Client, Method};
 use vmm::error::{STATUS_KVM_UNUSABLE, STATUS_OS, STATUS_USAGE};

@@ -85,7 +85,8 @@ impl DeviceQueue {
                 return self.blame(Err(virtio_queue::Error::InvalidDescriptorIndex));
             }
             let element = [u32::from(*head).to_le(), written.to_le()];
-            let at = self.ring_address(self.queue.used_ring(), USED_HEADER + USED_ELEMENT * u64::from(next % size))?;
+            let at = self
+                .ring_address(self.queue.used_ring(), USED_HEADER + USED_ELEMENT * u64::from(next % size))?;
             memory.write_obj(element, at)?;
             next = next.wrapping_add(1);
         }
@@ -99,7 +100,9 @@ impl DeviceQueue {
 
     fn ring_address(&self, ring: u64, offset: u64) -> Result<GuestAddress, GuestError> {
         // `Queue::is_valid` has seen to it that rings lie in memory.
-        GuestAddress(ring).checked_add(offset).ok_or(GuestError::Chain("a ring at the end of the address space"))
+        GuestAddress(ring)
+            .checked_add(offset)
+            .ok_or(GuestError::Chain("a ring at the end of the address space"))
     }
 
     /// Interrupts the driver if it wants to know about what was given back since the last call.

@@ -38,8 +38,7 @@ impl Net {
         }
         config[10..].copy_from_slice(&mtu.to_le_bytes());
         let metrics = Arc::new(Metrics::default());
-        let handler =
-            Handler { backend, rings: None, mtu: usize::from(mtu), metrics: Arc::clone(&metrics) };
+        let handler = Handler { backend, rings: None, mtu: usize::from(mtu), metrics: Arc::clone(&metrics) };
         Self { name: name.to_owned(), features, config, handler, metrics }
     }
 }

@@ -73,8 +73,7 @@ impl Handler {
             queue::read_exact(&readable, &mut header)
                 .ok_or(GuestError::Chain("a packet to send without a whole header"))?;
             let frame = queue::total(&readable) - HEADER_BYTES;
-            let checked =
-                (frame <= MAX_FRAME).then(|| header::checked(header, frame, *features)).flatten();
+            let checked = (frame <= MAX_FRAME).then(|| header::checked(header, frame, *features)).flatten();
             let Some(mut header) = checked else {
                 Metrics::add(&metrics.tx_invalid, 1);
                 transmit.push(memory, head, 0)?;
@@ -108,7 +107,8 @@ impl Handler {
     /// # Errors
     /// When the guest breaks the rules.
     pub fn receive(&mut self) -> Result<Progress, GuestError> {
-        let Some(Rings { memory, receive, features, buffers, scratch: Scratch(iovecs), .. }) = &mut self.rings
+        let Some(Rings { memory, receive, features, buffers, scratch: Scratch(iovecs), .. }) =
+            &mut self.rings
         else {
             return Ok(Progress::Done);
         };

@@ -29,8 +29,7 @@ pub const ECN: u64 = 1 << VIRTIO_NET_F_HOST_ECN | 1 << VIRTIO_NET_F_GUEST_ECN;
 /// Features: fragmentation of UDP, either way.
 pub const UFO: u64 = 1 << VIRTIO_NET_F_HOST_UFO | 1 << VIRTIO_NET_F_GUEST_UFO;
 /// Features: segmentation of UDP, either way.
-pub const USO: u64 =
-    1 << VIRTIO_NET_F_HOST_USO | 1 << VIRTIO_NET_F_GUEST_USO4 | 1 << VIRTIO_NET_F_GUEST_USO6;
+pub const USO: u64 = 1 << VIRTIO_NET_F_HOST_USO | 1 << VIRTIO_NET_F_GUEST_USO4 | 1 << VIRTIO_NET_F_GUEST_USO6;
 /// Features with which the guest can receive packets longer than its MTU.
 pub const GUEST_SEGMENTS: u64 = 1 << VIRTIO_NET_F_GUEST_TSO4
     | 1 << VIRTIO_NET_F_GUEST_TSO6

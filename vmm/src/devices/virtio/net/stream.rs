@@ -83,7 +83,11 @@ impl Stream {
         message.msg_iovlen = pieces.len();
         // SAFETY: the message names the caller's pieces only, and sendmsg does not write through them.
         let result = unsafe {
-            libc::sendmsg(self.socket.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT)
+            libc::sendmsg(
+                self.socket.as_raw_fd(),
+                &raw const message,
+                libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT,
+            )
         };
         match usize::try_from(result) {
             Ok(count) => Ok(count),

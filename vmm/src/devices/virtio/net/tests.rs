@@ -59,7 +59,9 @@ impl Backend for Memory {
         let mut bytes = Vec::new();
         for piece in packet {
             // SAFETY: the device says that the piece can be read.
-            bytes.extend_from_slice(unsafe { std::slice::from_raw_parts(piece.iov_base.cast(), piece.iov_len) });
+            bytes.extend_from_slice(unsafe {
+                std::slice::from_raw_parts(piece.iov_base.cast(), piece.iov_len)
+            });
         }
         self.wire.lock().unwrap().outgoing.push(bytes);
         Ok(true)
@@ -175,7 +177,8 @@ fn send(stream: &mut Stream, frame: &mut [u8]) -> bool {
 
 fn receive(stream: &mut Stream) -> io::Result<Option<Vec<u8>>> {
     let (mut start, mut rest) = (vec![1; 100], vec![1; MAX_FRAME]);
-    let piece = |bytes: &mut Vec<u8>| libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+    let piece =
+        |bytes: &mut Vec<u8>| libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
     let pieces = [piece(&mut start), piece(&mut rest)];
     // SAFETY: two vectors that outlive the call.
     let received = unsafe { stream.receive(&pieces) }?;
