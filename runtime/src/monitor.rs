@@ -29,7 +29,9 @@ const SHOWN: usize = 8 << 10;
 
 /// The guest's kernel command line; kernel-config/README.md says what each word is worth. Of the initcalls it finds
 /// costly, only `/sys/kernel/slab` is left out: somebody may want `/sys/module/*/parameters`.
-const CMDLINE: &str = "console=hvc0 quiet panic=-1 reboot=k noreplace-smp initcall_blacklist=slab_late_init";
+/// The driver of dummy interfaces would make one in the network that containers see.
+const CMDLINE: &str = "console=hvc0 quiet panic=-1 reboot=k noreplace-smp initcall_blacklist=slab_late_init \
+    dummy.numdummies=0";
 
 /// The shape of a machine.
 pub struct Shape {

@@ -10,6 +10,7 @@ mod isolation;
 mod many;
 mod monitor;
 mod network;
+mod network_figures;
 mod real_images;
 mod run;
 mod terminal;

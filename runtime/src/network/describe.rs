@@ -178,7 +178,7 @@ fn of(link: &Link, route: &bulkhead_netlink::Route) -> Option<Route> {
         && route.kind == libc::RTN_UNICAST
         // The guest's kernel makes these for addresses, as this one did.
         && route.protocol != libc::RTPROT_KERNEL;
-    wanted.then(|| Route {
+    wanted.then_some(Route {
         destination: route.destination,
         prefix: route.prefix,
         gateway: route.gateway,

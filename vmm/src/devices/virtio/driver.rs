@@ -170,9 +170,9 @@ mod tests {
     use crate::devices::virtio::block::Block;
     use crate::devices::virtio::block::disk::Disk;
     use crate::devices::virtio::console::Console;
-    use crate::devices::virtio::net::{Net, Stream};
     use crate::devices::virtio::fs::Fs;
     use crate::devices::virtio::fs::backend::serve;
+    use crate::devices::virtio::net::{Net, Stream};
     use crate::devices::virtio::rng::Rng;
     use crate::devices::virtio::vsock::Vsock;
     use crate::exit::ExitRequest;
