@@ -11,6 +11,7 @@ mod many;
 mod monitor;
 mod network;
 mod network_figures;
+mod oci;
 mod real_images;
 mod run;
 mod terminal;

@@ -311,7 +311,7 @@ fn macvlan_and_ipvlan_links(host: &Host) -> Result<()> {
         ))?;
         let result = prepared.shell("ping -c 3 -i 0.2 -W 3 10.9.0.1").and_then(Finished::ok);
         prepared.ip("link delete d0")?;
-        result.with_context(|| format!("{kind}"))?.stdout_has("3 packets received")?;
+        result.with_context(|| kind.to_string())?.stdout_has("3 packets received")?;
         prepared.namespaces.truncate(2);
     }
     Ok(())

@@ -325,7 +325,7 @@ mod tests {
         fn no_guest_can_break_a_device(moves in moves()) {
             let dir = tempfile::tempdir().unwrap();
             let outlet = Outlet::open(&ConsoleOutput::new(1000), &Output::None).unwrap();
-            let (near, far) = std::os::unix::net::UnixStream::pair().unwrap();
+            let (near, far) = UnixStream::pair().unwrap();
             // A frame of 20 bytes that waits to be received.
             std::io::Write::write_all(&mut &far, &[&[0, 0, 0, 20], &[7; 20][..]].concat()).unwrap();
             let (ours, theirs) = UnixStream::pair().unwrap();

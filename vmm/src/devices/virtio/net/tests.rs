@@ -136,9 +136,12 @@ fn frames_to_send_arrive_with_a_checked_header() {
     assert!(!driver.needs_reset());
 }
 
+/// A queue and a chain for it: address, length and flags of each descriptor.
+type Wrong = (u32, &'static [(u64, u32, u16)]);
+
 #[test]
 fn what_no_driver_does_stops_the_device() {
-    let chains: [(u32, &[(u64, u32, u16)]); 5] = [
+    let chains: [Wrong; 5] = [
         (1, &[(DATA, 11, 0)]),
         (1, &[(DATA, 100, 0), (DATA + 100, 100, WRITE)]),
         (1, &[(END, 100, 0)]),
