@@ -68,7 +68,7 @@ pub fn examine(layout: &Layout) -> Vec<Check> {
             "build them with `make`, or install Bulkhead with `make install`",
         ),
     });
-    checks.extend([storage(layout), formatter(), cgroups(), tap(), vhost()]);
+    checks.extend([storage(layout), formatter(), virtiofsd(), cgroups(), tap(), vhost()]);
     checks
 }
 
@@ -123,6 +123,18 @@ fn storage(layout: &Layout) -> Check {
             }
         }
         Err(error) => Check::bad("storage", Verdict::Failed, format!("{place}: {error}"), "use --root DIR"),
+    }
+}
+
+fn virtiofsd() -> Check {
+    match crate::shares::find() {
+        Ok(program) => Check::ok("virtiofsd", program.display().to_string()),
+        Err(_) => Check::bad(
+            "virtiofsd",
+            Verdict::Warning,
+            "not found: directories of the host cannot be shared (-v)",
+            "install virtiofsd, or name it in BULKHEAD_VIRTIOFSD",
+        ),
     }
 }
 

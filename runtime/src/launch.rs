@@ -59,7 +59,7 @@ pub fn run(
         check_hostname(hostname)?;
     }
     let reservation = Reservation::make(layout, name)?;
-    let files = reservation.files.clone();
+    let (files, reserved) = (reservation.files.clone(), reservation.name.clone());
     let hostname = options.hostname.clone().unwrap_or_else(|| names::short(&reservation.id).to_owned());
     let record = Record {
         version: RECORD_VERSION,
@@ -83,7 +83,7 @@ pub fn run(
     match launched {
         Ok((plan, wire)) => launch(plan, wire),
         Err(error) => {
-            let _ = remove_files(layout, &files, name.unwrap_or_default());
+            let _ = remove_files(layout, &files, &reserved);
             Err(error)
         }
     }

@@ -217,6 +217,12 @@ impl Monitor {
         format!("{happened} ({status}); {said}{served}")
     }
 
+    /// Whether it has ended, or does so in a moment: a connection that it had breaks off just before.
+    pub(crate) fn ends_soon(&self) -> bool {
+        let moment = Timespec { tv_sec: 1, tv_nsec: 0 };
+        matches!(poll(&mut [PollFd::new(&self.pidfd, PollFlags::IN)], Some(&moment)), Ok(1..))
+    }
+
     /// Waits for the monitor to end by itself, or ends it when it does not.
     pub fn end(&mut self) {
         let patience = Timespec { tv_sec: END_PATIENCE.as_secs().try_into().unwrap_or(10), tv_nsec: 0 };

@@ -137,18 +137,16 @@ impl Supervisor {
     fn live(&mut self) -> Result<Exit> {
         let mut monitor = self.boot()?;
         trace::mark("agent up");
-        let mut agent = self.guest.agent()?;
-        self.configure(&mut agent)?;
-        let relay = self.start_container(&mut agent)?;
-        trace::mark("container started");
-        self.plan.record.status = Status::Running;
-        self.plan.record.started_ns = now_ns();
-        self.plan.record.save(&self.plan.files)?;
-        self.attended = self.plan.caller.send(&Tell::Started).is_ok();
-        if self.plan.record.options.detach {
-            self.attended = false;
-        }
-        let exit = self.attend(&mut monitor, &relay)?;
+        let (mut agent, relay, exit) = match self.work(&mut monitor) {
+            // Why the machine ended says more than which call broke off.
+            Err(error @ (Error::Io { .. } | Error::Agent { source: CallError::Io { .. }, .. }))
+                if monitor.ends_soon() =>
+            {
+                let happened = format!("the microVM ended under the container: {}", error.chain());
+                return Err(Error::Monitor(monitor.last_words(&happened)));
+            }
+            other => other?,
+        };
         trace::mark("container ended");
         relay.finish();
         trace::mark("output passed on");
@@ -168,6 +166,23 @@ impl Supervisor {
         trace::mark("microVM ended");
         trace::write(timeline.as_ref());
         Ok(exit)
+    }
+
+    /// From a guest that is up to the container's end.
+    fn work(&mut self, monitor: &mut Monitor) -> Result<(Agent, Relay, Exit)> {
+        let mut agent = self.guest.agent()?;
+        self.configure(&mut agent)?;
+        let relay = self.start_container(&mut agent)?;
+        trace::mark("container started");
+        self.plan.record.status = Status::Running;
+        self.plan.record.started_ns = now_ns();
+        self.plan.record.save(&self.plan.files)?;
+        self.attended = self.plan.caller.send(&Tell::Started).is_ok();
+        if self.plan.record.options.detach {
+            self.attended = false;
+        }
+        let exit = self.attend(monitor, &relay)?;
+        Ok((agent, relay, exit))
     }
 
     fn boot(&mut self) -> Result<Monitor> {

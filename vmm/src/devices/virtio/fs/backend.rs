@@ -109,9 +109,8 @@ fn work(memory: &GuestMemoryMmap<()>, mut queue: Queue, kick: &File, mut call: F
             return;
         }
         let _ = std::io::Read::read(&mut &*kick, &mut [0; 8]);
-        loop {
-            // A guest that breaks the rules gets no answer.
-            let Some(chain) = queue.iter(memory).ok().and_then(|mut chains| chains.next()) else { break };
+        // A guest that breaks the rules gets no answer.
+        while let Some(chain) = queue.iter(memory).ok().and_then(|mut chains| chains.next()) {
             let head = chain.head_index();
             let Ok(buffers) = Buffers::of(memory, chain) else { break };
             let mut bytes = vec![0; queue::total(&buffers.readable).min(4096)];
