@@ -103,7 +103,22 @@ fn set_up(socket: &mut Socket, interface: &NetworkInterface, link: u32) -> Resul
     for route in &routes {
         socket.add_route(route).context(|| format!("add route {}/{}", route.destination, route.prefix))?;
     }
+    announce(socket, interface, &routes);
     Ok(())
+}
+
+/// Asks for the gateways, so that they, and every bridge on the way, have heard of this guest before anybody wants to reach
+/// it: passt learns its guest's address from what it sends. That this fails is no reason to.
+fn announce(socket: &mut Socket, interface: &NetworkInterface, routes: &[Route]) {
+    let known =
+        |gateway: &IpAddr| interface.neighbours.iter().any(|n| address(&n.address).as_ref() == Ok(gateway));
+    for route in routes {
+        if let (Some(gateway), Some(link), false) = (route.gateway, route.link, interface.no_arp)
+            && !known(&gateway)
+        {
+            let _ = socket.ask_for(link, gateway);
+        }
+    }
 }
 
 fn routes(interface: &NetworkInterface, link: u32) -> Result<Vec<Route>> {

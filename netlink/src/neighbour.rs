@@ -70,6 +70,17 @@ impl Socket {
     pub fn add_neighbour(&mut self, neighbour: &Neighbour) -> io::Result<()> {
         self.execute(neighbour.request())
     }
+
+    /// Has the kernel ask for an address's link-layer address, without waiting for an answer.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn ask_for(&mut self, link: u32, address: IpAddr) -> io::Result<()> {
+        let mut fixed = vec![family_of(address), 0, 0, 0];
+        fixed.extend(link.to_ne_bytes());
+        fixed.extend([0, 0, libc::NTF_USE, 0]);
+        self.execute(Request::new(RTM_NEWNEIGH, NLM_F_ACK | NLM_F_CREATE, &fixed).address(NDA_DST, address))
+    }
 }
 
 #[cfg(test)]

@@ -239,17 +239,17 @@ fn bulk(host: &Host, mtu: u32) -> Result<()> {
     prepared.is_clean(0)
 }
 
-test!(bulk_transfers_arrive_intact, BUSYBOX.deadline(200));
+test!(bulk_transfers_arrive_intact, BUSYBOX.deadline(60));
 fn bulk_transfers_arrive_intact(host: &Host) -> Result<()> {
     bulk(host, 1500)
 }
 
-test!(bulk_transfers_with_a_small_mtu, BUSYBOX.deadline(30));
+test!(bulk_transfers_with_a_small_mtu, BUSYBOX.deadline(60));
 fn bulk_transfers_with_a_small_mtu(host: &Host) -> Result<()> {
     bulk(host, 1280)
 }
 
-test!(bulk_transfers_with_a_large_mtu, BUSYBOX.deadline(200));
+test!(bulk_transfers_with_a_large_mtu, BUSYBOX.deadline(60));
 fn bulk_transfers_with_a_large_mtu(host: &Host) -> Result<()> {
     bulk(host, 9000)
 }
@@ -291,7 +291,7 @@ fn several_interfaces_keep_their_names(host: &Host) -> Result<()> {
 test!(macvlan_and_ipvlan_links, BUSYBOX.deadline(90));
 fn macvlan_and_ipvlan_links(host: &Host) -> Result<()> {
     for kind in ["macvlan mode bridge", "ipvlan mode l2", "ipvlan mode l3"] {
-        let mut prepared = Prepared { host, namespaces: vec!["box".into(), "peer".into()] };
+        let prepared = Prepared { host, namespaces: vec!["box".into(), "peer".into()] };
         let subnets = if kind.ends_with("l3") { ("10.9.1", "10.9.0") } else { ("10.9.0", "10.9.0") };
         // Two links of the same parent: one for the sandbox, one beside it.
         prepared.lines(&format!(
@@ -312,7 +312,6 @@ fn macvlan_and_ipvlan_links(host: &Host) -> Result<()> {
         let result = prepared.shell("ping -c 3 -i 0.2 -W 3 10.9.0.1").and_then(Finished::ok);
         prepared.ip("link delete d0")?;
         result.with_context(|| kind.to_string())?.stdout_has("3 packets received")?;
-        prepared.namespaces.truncate(2);
     }
     Ok(())
 }
@@ -457,11 +456,17 @@ fn passt_needs_no_namespace(host: &Host) -> Result<()> {
     // 20 MB each way: out through a connection of the host's own, in through a published port.
     let bytes = pattern(20_000_000);
     let listener = TcpListener::bind("192.0.2.2:9000")?;
-    let script = format!("cat /etc/resolv.conf; {}", TAKE_AND_SERVE.replace("HOST", "192.0.2.2"));
+    // With wget: passt forgets what is on its way to a guest that has closed its side, as nc does here.
+    let script = "cat /etc/resolv.conf; mkdir /tmp/www; wget -q -O /tmp/www/b http://192.0.2.2:9000/; \
+                  echo serving; exec httpd -f -p 80 -h /tmp/www";
     let flags =
         ["run", "--rm", "--name", "bulk", "--network", "passt", "-p", "8082:80", "--tmpfs", "/tmp:size=100m"];
-    let run = host.bulkhead_program(flags).args(["busybox", "sh", "-c", &script]).spawn()?;
-    accept(&listener)?.write_all(&bytes)?;
+    let run = host.bulkhead_program(flags).args(["busybox", "sh", "-c", script]).spawn()?;
+    let mut stream = accept(&listener)?;
+    let _ = stream.read(&mut [0; 1000])?;
+    stream.write_all(format!("HTTP/1.0 200 OK\r\nContent-Length: {}\r\n\r\n", bytes.len()).as_bytes())?;
+    stream.write_all(&bytes)?;
+    drop(stream);
     run.wait_for("serving", Duration::from_secs(60))?;
     std::thread::sleep(Duration::from_millis(200));
     let back = fetch("127.0.0.1:8082")?;
