@@ -1,7 +1,7 @@
 //! The command line: runc's verbs, flags and defaults.
 //!
 //! Not by the crate liboci-cli: it has no `--rootless` and no `--pidfd-socket`, insists on a signal for `kill`, and calls
-//! `checkpoint` `checkpointt` (docs/decisions/0009).
+//! `checkpoint` `checkpointt` (docs/decisions/0011).
 
 use std::path::PathBuf;
 
