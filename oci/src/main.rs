@@ -78,7 +78,7 @@ fn run(context: &Context, verb: Verb) -> Result<u8, Error> {
         Verb::Pause(wish) => life::pause(context, &wish.id, true).map(|()| 0),
         Verb::Resume(wish) => life::pause(context, &wish.id, false).map(|()| 0),
         Verb::Update(wish) => life::update(context, &wish).map(|()| 0),
-        Verb::Exec(wish) => exec::exec(context, &wish),
+        Verb::Exec(wish) => Ok(exec::exec(context, &wish)),
         Verb::State(wish) => look::state(context, &wish.id).map(|()| 0),
         Verb::List(wish) => look::list(context, &wish).map(|()| 0),
         Verb::Ps(wish) => look::ps(context, &wish).map(|()| 0),

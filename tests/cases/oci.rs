@@ -118,7 +118,7 @@ fn a_life_from_create_to_delete(host: &Host) -> Result<()> {
         bundle.call(&["resume", "c1"])?.ok()?;
         bundle.call(&["kill", "c1"])?.ok()?;
         bundle.wait_for(host, "c1", "stopped")?;
-        bundle.call(&["exec", "c1", "true"])?.failed()?;
+        bundle.call(&["exec", "c1", "true"])?.status_is(255)?;
         bundle.call(&["delete", "c1"])?.ok()?;
         bundle.call(&["state", "c1"])?.failed()?.stderr_has("does not exist")?;
         bundle.call(&["delete", "c1"])?.failed()?;
@@ -180,7 +180,10 @@ fn exec_in_every_way(host: &Host) -> Result<()> {
         let process = json!({"args": ["sh", "-c", "exit 4"], "cwd": "/", "user": {"uid": 0, "gid": 0}, "env": ["PATH=/bin"]});
         let file = host.file("process.json", process.to_string())?.display().to_string();
         bundle.call(&["exec", "--process", &file, "c1"])?.status_is(4)?;
-        bundle.call(&["exec", "c1", "nosuch"])?.failed()?;
+        bundle
+            .call(&["exec", "c1", "nosuch"])?
+            .status_is(255)?
+            .stderr_has("executable file not found in $PATH")?;
         let pid_file = bundle.dir.join("exec-pid");
         let name = pid_file.display().to_string();
         bundle.apart(&["exec", "-d", "--pid-file", &name, "c1", "sleep", "0.3"])?;

@@ -39,6 +39,7 @@ pub fn supervise(name: &str) -> Result<i32> {
         .spawn()
         .context("start the test")?;
     let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).context("no pid")?;
+    std::thread::spawn(move || reap_orphans(pid));
     let deadline = Duration::from_secs(test.needs.deadline_seconds);
     let mut complaints = Vec::new();
     if !ends_within(pid, deadline)? {
@@ -123,6 +124,23 @@ fn kill_descendants() {
                 let _ = kill_process(pid, Signal::KILL);
             }
         }
+    }
+}
+
+/// Collects orphans as init would, as long as `but` lives: an unreaped process keeps its pid namespace alive, and
+/// programs that look for it find it.
+fn reap_orphans(but: Pid) {
+    loop {
+        // SAFETY: all zeroes is a value of this plain structure of integers.
+        let mut about: libc::siginfo_t = unsafe { std::mem::zeroed() };
+        // SAFETY: `about` is alive and writable during the call; nobody is reaped by it.
+        let status = unsafe { libc::waitid(libc::P_ALL, 0, &raw mut about, libc::WEXITED | libc::WNOWAIT) };
+        // SAFETY: waitid() has filled in the part of the structure that tells of a child, or it stayed zero.
+        let pid = Pid::from_raw(unsafe { about.si_pid() });
+        if status != 0 || pid.is_none() || pid == Some(but) {
+            return;
+        }
+        let _ = rustix::process::waitpid(pid, WaitOptions::NOHANG);
     }
 }
 

@@ -10,6 +10,7 @@ use crate::runner::Runner;
 #[derive(Debug, Clone, Copy)]
 pub struct Needs {
     pub(crate) product: bool,
+    pub(crate) engines: bool,
     pub(crate) images: &'static [&'static str],
     pub(crate) deadline_seconds: u64,
     pub(crate) clock: Clock,
@@ -24,6 +25,7 @@ impl Needs {
     pub const fn host() -> Self {
         Self {
             product: false,
+            engines: false,
             images: &[],
             deadline_seconds: 30,
             clock: Clock::Leaping,
@@ -37,6 +39,12 @@ impl Needs {
     /// A KVM host with `bulkhead`, `bulkhead-vmm`, the guest kernel and the initramfs of this source tree.
     pub const fn bulkhead() -> Self {
         Self { product: true, ..Self::host() }
+    }
+
+    /// Bulkhead, and podman, dockerd and containerd; no images loaded. Only on the emulated host: these would
+    /// find what they keep on this machine.
+    pub const fn engines() -> Self {
+        Self { engines: true, ..Self::bulkhead() }
     }
 
     /// These images loaded (`busybox`, `python`, `redis`).

@@ -11,7 +11,7 @@ use libtest_mimic::{Arguments, Failed, Trial};
 
 use crate::emulated::{self, Options, State};
 use crate::host::PREFIX_VARIABLE;
-use crate::registry::{Body, Test};
+use crate::registry::{Body, Needs, Test};
 use crate::stage::{self, Layout};
 use crate::{inside, workspace};
 
@@ -55,6 +55,7 @@ pub struct Runner {
     place: Place,
     bare: Once<State>,
     product: Once<State>,
+    engines: Once<State>,
     installed: Once<PathBuf>,
     show: bool,
     /// Real time that each test took, with its stalls.
@@ -72,19 +73,31 @@ impl Runner {
             place,
             bare: Once::new(),
             product: Once::new(),
+            engines: Once::new(),
             installed: Once::new(),
             show,
             took: Mutex::default(),
         })
     }
 
-    /// The emulated host with this program in it, and what is under test if `product`.
-    fn state(&self, product: bool) -> Result<State> {
+    /// The emulated host with this program in it, and what else is needed.
+    fn state(&self, needs: &Needs) -> Result<State> {
         let with_tests = |state: State| {
             let tests = Layout::tests()?;
             state.staged(&tests.key()?, |dir| tests.lay(dir), "cp -a /host/. /usr/local/")
         };
-        if !product {
+        if needs.engines {
+            return once(&self.engines, || {
+                let layout = Layout::product()?;
+                let engines = State::booted()?.with_engines()?;
+                with_tests(engines.staged(
+                    &layout.key()?,
+                    |dir| layout.lay(dir),
+                    "cp -a /host/. /usr/local/",
+                )?)
+            });
+        }
+        if !needs.product {
             return once(&self.bare, || with_tests(State::booted()?));
         }
         once(&self.product, || {
@@ -122,7 +135,7 @@ impl Runner {
         let backstop = Duration::from_secs(120 + 8 * needs.deadline_seconds);
         match self.place {
             Place::Emulated => {
-                let state = self.state(needs.product)?;
+                let state = self.state(needs)?;
                 let command = format!("exec whole-system --inside {}", test.name());
                 let options = Options { clock: needs.clock, share: None, backstop };
                 let outcome = emulated::run(&state, &command, &options, output)?;
@@ -130,6 +143,10 @@ impl Runner {
                     write!(output, "--- status {}\n{}\n", outcome.status, outcome.console)?;
                 }
                 Ok(outcome.status == 0)
+            }
+            Place::Direct if needs.engines => {
+                writeln!(output, "left out: the engines are run on the emulated host only")?;
+                Ok(true)
             }
             Place::Direct => {
                 let prefix = self.installed(needs.product)?.display().to_string();

@@ -25,11 +25,15 @@ use crate::{Context, console};
 /// Status of a call whose process could not be started, as runc.
 const CANNOT_START: u8 = 255;
 
-/// Runs a process. Answers its status, 0 when detached.
-///
-/// # Errors
-/// The container does not run, or the process cannot be made.
-pub fn exec(context: &Context, wish: &Exec) -> Result<u8> {
+/// Runs a process. Answers its status, 0 when detached, and 255 when it cannot be started.
+pub fn exec(context: &Context, wish: &Exec) -> u8 {
+    try_exec(context, wish).unwrap_or_else(|error| {
+        context.log.error(&format!("exec failed: {}", error.chain()));
+        CANNOT_START
+    })
+}
+
+fn try_exec(context: &Context, wish: &Exec) -> Result<u8> {
     super::refuse_fds(wish.preserve_fds)?;
     if let Some(cgroup) = &wish.cgroup {
         return Err(Error::Usage(format!("--cgroup {cgroup}: processes run in the container's own group")));
@@ -56,25 +60,13 @@ pub fn exec(context: &Context, wish: &Exec) -> Result<u8> {
         let raw = if own { Raw::enter()? } else { None };
         let status = call.run(&signals);
         drop(raw);
-        return match status {
-            Err(error) => {
-                context.log.error(&error.chain());
-                Ok(CANNOT_START)
-            }
-            status => status,
-        };
+        return status;
     }
-    detached(context, wish, &container, &process, terminal)
+    detached(wish, &container, &process, terminal)
 }
 
 /// In a process of its own, which is the engine's when we have ended.
-fn detached(
-    context: &Context,
-    wish: &Exec,
-    container: &Container,
-    process: &Value,
-    terminal: bool,
-) -> Result<u8> {
+fn detached(wish: &Exec, container: &Container, process: &Value, terminal: bool) -> Result<u8> {
     let (ours, theirs) = Wire::pair()?;
     // SAFETY: the process has one thread, so the child may go on as if nothing had happened.
     match unsafe { libc::fork() } {
@@ -101,8 +93,8 @@ fn detached(
             match ours.receive::<String>() {
                 Some(error) if error.is_empty() => {}
                 error => {
-                    context.log.error(&error.unwrap_or_else(|| "the process of exec was killed".into()));
-                    return Ok(CANNOT_START);
+                    let killed = || "the process that relays its streams was killed".into();
+                    return Err(Error::Usage(error.unwrap_or_else(killed)));
                 }
             }
             if let Some(file) = &wish.pid_file {

@@ -22,6 +22,9 @@ struct Arguments {
     /// Let idle time pass at its usual pace instead of skipping it
     #[arg(long)]
     steady: bool,
+    /// With podman, dockerd and containerd
+    #[arg(long)]
+    engines: bool,
     /// Real seconds after which the host is ended
     #[arg(long, default_value_t = 300)]
     timeout: u64,
@@ -44,7 +47,10 @@ fn main() -> Result<ExitCode> {
         words => words.iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" "),
     };
     let command = if share.is_some() { format!("cd /host; {command}") } else { command };
-    let state = State::booted()?;
+    let mut state = State::booted()?;
+    if arguments.engines {
+        state = state.with_engines()?;
+    }
     let start = Instant::now();
     let options = Options {
         clock: if arguments.steady { Clock::Steady } else { Clock::Leaping },

@@ -44,6 +44,18 @@ impl State {
         Ok(Self { dir })
     }
 
+    /// This host with podman, dockerd and containerd installed.
+    pub fn with_engines(&self) -> Result<Self> {
+        let engines = workspace::path_from_script(&workspace::root().join("tests/engines/build"))?;
+        let archive = engines.join("engines.tar");
+        let place = |dir: &Path| {
+            let to = dir.join("engines.tar");
+            fs::hard_link(&archive, &to).or_else(|_| fs::copy(&archive, &to).map(drop))?;
+            Ok(())
+        };
+        self.staged(&engines.to_string_lossy(), place, "tar -xf /host/engines.tar -C /")
+    }
+
     /// The host after `command` ran in it with what `prepare` wrote on /host: the way to put files into it once for
     /// many uses. `key` names the result; the same key again answers the state saved before.
     pub fn staged(
@@ -72,7 +84,7 @@ impl State {
             host.qemu.save(dir)
         })?;
         // Their memory is some hundred megabytes each; a copy still in use stays alive without its name.
-        forget_old("staged-", &dir, 6)?;
+        forget_old("staged-", &dir, 9)?;
         Ok(Self { dir })
     }
 }
