@@ -18,6 +18,8 @@ const MAX_BYTES: u64 = 8 << 20;
 /// What `dev.bulkhead.` annotations can say.
 const MEMORY: &str = "dev.bulkhead.memory";
 const VCPUS: &str = "dev.bulkhead.vcpus";
+/// `statfs(2)`, TMPFS_MAGIC.
+const TMPFS_MAGIC: rustix::fs::FsWord = 0x0102_1994;
 /// Major numbers of character devices that mean the same in every kernel: memory, terminals, miscellaneous.
 const KNOWN_MAJORS: [i64; 4] = [1, 5, 10, 136];
 
@@ -96,8 +98,9 @@ impl Bundle {
         let annotations = serde_json::from_value(from(spec.get("annotations"), "annotations")?)
             .context(|| format!("{}: annotations", path.display()))?;
         let network = take_namespaces(&mut spec).map_err(in_file)?;
-        check_devices(&spec).map_err(in_file)?;
+        take_devices(&mut spec, log).map_err(in_file)?;
         drop_labels(&mut spec, log);
+        keep_shared_memory_inside(&mut spec);
         let binds = find_binds(&spec).map_err(in_file)?;
         if let Some(fields) = spec.as_object_mut() {
             for host in ["hooks", "annotations", "vm", "solaris", "windows"] {
@@ -242,18 +245,59 @@ fn take_namespaces(spec: &mut Value) -> Result<Wanted, String> {
     Ok(network)
 }
 
-fn check_devices(spec: &Value) -> Result<(), String> {
-    let devices = spec.pointer("/linux/devices").and_then(Value::as_array).into_iter().flatten();
-    for device in devices {
-        let (kind, path) = (text(device, "/type"), text(device, "/path"));
+/// A device of the host's is refused, unless the container may use any device: then it is privileged, and its engine
+/// has listed all that the host has. Such a container gets the devices of its guest, which are all its own.
+fn take_devices(spec: &mut Value, log: &Log) -> Result<(), String> {
+    let rules = spec.pointer("/linux/resources/devices").and_then(Value::as_array).into_iter().flatten();
+    let privileged = rules.filter(|rule| rule.get("allow") == Some(&json!(true))).any(|rule| {
+        let wild = |key: &str| rule.get(key).is_none_or(|number| number.is_null() || *number == json!(-1));
+        matches!(text(rule, "/type"), "" | "a") && wild("major") && wild("minor")
+    });
+    let Some(devices) = spec.pointer_mut("/linux/devices").and_then(Value::as_array_mut) else {
+        return Ok(());
+    };
+    let is_known = |device: &Value| {
         let major = device.get("major").and_then(Value::as_i64).unwrap_or(-1);
-        if kind != "p" && !(matches!(kind, "c" | "u") && KNOWN_MAJORS.contains(&major)) {
-            return Err(format!(
-                "linux.devices: {path} is a device of the host's, which a guest does not have"
-            ));
+        match text(device, "/type") {
+            "p" => true,
+            "c" | "u" => KNOWN_MAJORS.contains(&major),
+            _ => false,
         }
+    };
+    if let Some(device) = devices.iter().find(|device| !is_known(device))
+        && !privileged
+    {
+        let path = text(device, "/path");
+        return Err(format!("linux.devices: {path} is a device of the host's, which a guest does not have"));
+    }
+    let all = devices.len();
+    devices.retain(is_known);
+    if devices.len() < all {
+        log.debug(&format!("{} devices of the host are not the guest's and left out", all - devices.len()));
     }
     Ok(())
+}
+
+/// Engines make a tmpfs on the host for /dev/shm and bind it. Shared memory is shared by processes of one kernel, so the
+/// guest gets a tmpfs of that size instead, which is memory rather than a file server.
+fn keep_shared_memory_inside(spec: &mut Value) {
+    let Some(mounts) = spec.get_mut("mounts").and_then(Value::as_array_mut) else { return };
+    let of_engine = |mount: &&mut Value| {
+        text(mount, "/destination") == "/dev/shm" && text(mount, "/source").starts_with('/')
+    };
+    for mount in mounts.iter_mut().filter(of_engine) {
+        let source = PathBuf::from(text(mount, "/source"));
+        let Ok(about) = rustix::fs::statfs(&source) else { continue };
+        if about.f_type != TMPFS_MAGIC {
+            continue;
+        }
+        let bytes = about.f_blocks.saturating_mul(u64::try_from(about.f_bsize).unwrap_or(4096));
+        let mut options: Vec<String> = ["nosuid", "nodev", "noexec", "mode=1777"].map(str::to_owned).to_vec();
+        options.push(format!("size={bytes}"));
+        let given = mount.get("options").and_then(Value::as_array).into_iter().flatten();
+        options.extend(given.filter_map(Value::as_str).filter(|option| *option == "ro").map(str::to_owned));
+        *mount = json!({"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": options});
+    }
 }
 
 /// Labels of security modules that the guest's kernel does not have; its own kernel is the stronger wall.
@@ -329,6 +373,41 @@ mod tests {
         let shape = bundle.shape().unwrap();
         assert_eq!(shape.vcpus, 2);
         assert!(shape.memory_mib > 128);
+    }
+
+    #[test]
+    fn devices_of_the_host_are_for_the_privileged_to_do_without() {
+        let with = |rules: &str| {
+            let linux = format!(
+                "\"linux\":{{\"devices\":[{{\"path\":\"/dev/sda\",\"type\":\"b\",\"major\":8,\"minor\":0}},\
+                 {{\"path\":\"/dev/fuse\",\"type\":\"c\",\"major\":10,\"minor\":229}}],"
+            );
+            let config = GOOD.replace("\"linux\":{", &linux);
+            bundle(&config.replace("\"resources\":{", &format!("\"resources\":{{\"devices\":{rules},")))
+        };
+        let error = with(r#"[{"allow":false,"access":"rwm"}]"#).unwrap_err().chain();
+        assert!(error.contains("/dev/sda"), "{error}");
+        assert!(with(r#"[{"allow":true,"type":"c","access":"rwm"}]"#).is_err());
+        let bundle = with(r#"[{"allow":true,"access":"rwm"}]"#).unwrap();
+        let devices = bundle.spec.pointer("/linux/devices").unwrap().as_array().unwrap();
+        assert_eq!(devices.len(), 1);
+        assert_eq!(text(&devices[0], "/path"), "/dev/fuse");
+    }
+
+    #[test]
+    fn shared_memory_of_an_engine_becomes_the_guests() {
+        let mount = |source: &str| {
+            let mounts = format!(
+                r#""mounts":[{{"destination":"/dev/shm","type":"bind","source":"{source}","options":["bind","ro"]}}]"#
+            );
+            bundle(&GOOD.replace("\"annotations\":{\"a\":\"b\"}", &mounts)).unwrap()
+        };
+        let shm = mount("/dev/shm");
+        assert!(shm.binds.is_empty());
+        assert_eq!(shm.spec.pointer("/mounts/0/type").unwrap(), "tmpfs");
+        let options = shm.spec.pointer("/mounts/0/options").unwrap().to_string();
+        assert!(options.contains("size=") && options.contains("\"ro\""), "{options}");
+        assert_eq!(mount("/etc").binds, [0]);
     }
 
     #[test]
