@@ -11,6 +11,7 @@ use bulkhead_runtime::{Context, Error, Result};
 use serde_json::{Value, json};
 
 use crate::log::Log;
+use crate::sandbox::View;
 use crate::store::Hooks;
 
 /// Engines write some ten KiB.
@@ -42,6 +43,10 @@ pub struct Bundle {
     pub network: Wanted,
     /// Name of the guest.
     pub hostname: String,
+    /// `linux.cgroupsPath`.
+    pub cgroups_path: String,
+    /// `linux.resources`, for the host's cgroup.
+    pub resources: Value,
     spec: Value,
     binds: Vec<usize>,
 }
@@ -107,9 +112,24 @@ impl Bundle {
                 fields.remove(host);
             }
         }
+        let cgroups_path = text(&spec, "/linux/cgroupsPath").to_owned();
+        let resources = take_resources(&mut spec);
         let terminal = process.get("terminal").and_then(Value::as_bool).unwrap_or(false);
         let hostname = text(&spec, "/hostname").to_owned();
-        Ok(Self { dir, rootfs, hooks, annotations, process, terminal, network, hostname, spec, binds })
+        Ok(Self {
+            dir,
+            rootfs,
+            hooks,
+            annotations,
+            process,
+            terminal,
+            network,
+            hostname,
+            cgroups_path,
+            resources,
+            spec,
+            binds,
+        })
     }
 
     /// The machine that the container needs: its memory limit and CPUs, or what annotations say.
@@ -141,6 +161,15 @@ impl Bundle {
             shape.vcpus = u8::try_from(vcpus).map_err(|_| usage(format!("annotation {VCPUS}: {vcpus}")))?;
         }
         Ok(shape)
+    }
+
+    /// The host's files that the container has.
+    pub fn view(&self) -> View {
+        let bind = |&index: &usize| {
+            let mount = self.spec.pointer(&format!("/mounts/{index}"))?;
+            Some((self.dir.join(text(mount, "/source")), PathBuf::from(text(mount, "/destination"))))
+        };
+        View { rootfs: self.rootfs.clone(), binds: self.binds.iter().filter_map(bind).collect() }
     }
 
     /// Shares the root file system and all binds. Answers the guest's path of the root, and the spec for the agent.
@@ -300,6 +329,27 @@ fn keep_shared_memory_inside(spec: &mut Value) {
     }
 }
 
+/// All resources, for the host's cgroup. What names processors and disks of the host's is only for there.
+fn take_resources(spec: &mut Value) -> Value {
+    let Some(linux) = spec.get_mut("linux").and_then(Value::as_object_mut) else { return json!({}) };
+    linux.remove("cgroupsPath");
+    let Some(resources) = linux.get_mut("resources") else { return json!({}) };
+    let all = resources.clone();
+    leave_hosts_out(resources);
+    all
+}
+
+/// Takes out of `linux.resources` what only the host can do.
+pub fn leave_hosts_out(resources: &mut Value) {
+    if let Some(fields) = resources.as_object_mut() {
+        fields.remove("blockIO");
+    }
+    if let Some(cpu) = resources.get_mut("cpu").and_then(Value::as_object_mut) {
+        cpu.remove("cpus");
+        cpu.remove("mems");
+    }
+}
+
 /// Labels of security modules that the guest's kernel does not have; its own kernel is the stronger wall.
 fn drop_labels(spec: &mut Value, log: &Log) {
     let mut remove = |pointer: &str, key: &str| {
@@ -315,7 +365,6 @@ fn drop_labels(spec: &mut Value, log: &Log) {
     remove("/process", "apparmorProfile");
     remove("/process", "selinuxLabel");
     remove("/linux", "mountLabel");
-    remove("/linux", "cgroupsPath");
 }
 
 /// Which mounts are of the host's files.
@@ -378,11 +427,9 @@ mod tests {
     #[test]
     fn devices_of_the_host_are_for_the_privileged_to_do_without() {
         let with = |rules: &str| {
-            let linux = format!(
-                "\"linux\":{{\"devices\":[{{\"path\":\"/dev/sda\",\"type\":\"b\",\"major\":8,\"minor\":0}},\
-                 {{\"path\":\"/dev/fuse\",\"type\":\"c\",\"major\":10,\"minor\":229}}],"
-            );
-            let config = GOOD.replace("\"linux\":{", &linux);
+            let linux = r#""linux":{"devices":[{"path":"/dev/sda","type":"b","major":8,"minor":0},
+                {"path":"/dev/fuse","type":"c","major":10,"minor":229}],"#;
+            let config = GOOD.replace("\"linux\":{", linux);
             bundle(&config.replace("\"resources\":{", &format!("\"resources\":{{\"devices\":{rules},")))
         };
         let error = with(r#"[{"allow":false,"access":"rwm"}]"#).unwrap_err().chain();

@@ -11,6 +11,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 
 use super::life;
 use crate::args::{Create, Run};
+use crate::cgroup::Cgroup;
 use crate::config::Bundle;
 use crate::sandbox::{self, GoOn, Plan, Says};
 use crate::store::{Container, Hooks, Status};
@@ -41,12 +42,19 @@ fn make(context: &Context, wish: &Create, detach: bool) -> Result<i32> {
         }
         _ => {}
     }
+    let group = Cgroup::locate(&bundle.cgroups_path, context.systemd_cgroup, &wish.id)?;
+    if group.is_none() {
+        context.log.debug("no cgroup2 at /sys/fs/cgroup: the sandbox is put into no cgroup of the host");
+    }
+    let machine_mib = bundle.shape()?.memory_mib;
     let files = context.root.reserve(&wish.id)?;
     let container = Container {
         id: wish.id.clone(),
         status: Status::Creating,
         pid: 0,
         pid_start: 0,
+        sandbox: 0,
+        sandbox_start: 0,
         bundle: bundle.dir.clone(),
         rootfs: bundle.rootfs.clone(),
         created: logs::rfc3339(now_ns()),
@@ -55,6 +63,8 @@ fn make(context: &Context, wish: &Create, detach: bool) -> Result<i32> {
         process: bundle.process.clone(),
         network: None,
         run: files.run.clone(),
+        cgroup: group.filter(|_| !context.rootless),
+        machine_mib,
         owner: rustix::process::getuid().as_raw(),
     };
     let hooks = container.hooks.clone();
@@ -74,6 +84,9 @@ fn make(context: &Context, wish: &Create, detach: bool) -> Result<i32> {
 fn clean_up(context: &Context, id: &str, hooks: &Hooks) {
     if let Ok(container) = context.root.load(id) {
         life::end(&container);
+        if let Some(group) = &container.cgroup {
+            group.remove();
+        }
         let state = container.state(Status::Stopped);
         let _ = hooks::run("poststop", &hooks.poststop, &state);
     }
