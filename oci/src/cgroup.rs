@@ -51,11 +51,11 @@ impl Cgroup {
         Ok(Some(Self { dir: Path::new(ROOT).join(relative) }))
     }
 
-    /// Makes it and moves this process into it.
+    /// Makes it, with no process in it.
     ///
     /// # Errors
     /// The hierarchy cannot be written.
-    pub fn enter(&self) -> Result<()> {
+    pub fn make(&self) -> Result<()> {
         let what = || format!("cannot make the cgroup {}", self.dir.display());
         fs::create_dir_all(&self.dir).context(what)?;
         let ancestors: Vec<_> =
@@ -66,7 +66,15 @@ impl Cgroup {
                 let _ = fs::write(ancestor.join("cgroup.subtree_control"), format!("+{controller}"));
             }
         }
-        self.set("cgroup.procs", &std::process::id().to_string())
+        Ok(())
+    }
+
+    /// Moves a process into it.
+    ///
+    /// # Errors
+    /// It ended, or the hierarchy cannot be written.
+    pub fn add(&self, pid: i32) -> Result<()> {
+        self.set("cgroup.procs", &pid.to_string())
     }
 
     /// Sets limits, each as far as `resources` (runtime-spec's `linux.resources`) has it.

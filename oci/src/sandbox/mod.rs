@@ -124,7 +124,7 @@ impl Sandbox {
         if let Some(group) = &container.cgroup {
             // Known before it is there, so that a failure on the way leaves nothing.
             plan.root.save(container)?;
-            group.enter()?;
+            group.make()?;
             group.limit(&plan.bundle.resources, container.machine_mib)?;
         }
         let network = match &plan.bundle.network {
@@ -137,6 +137,9 @@ impl Sandbox {
             }
         };
         let stand_in = StandIn::start(&network)?;
+        if let Some(group) = &container.cgroup {
+            group.add(stand_in.pid)?;
+        }
         container.pid = stand_in.pid;
         container.pid_start = start_of(container.pid).unwrap_or(0);
         container.sandbox = std::process::id().cast_signed();
@@ -195,20 +198,24 @@ impl Sandbox {
         let Plan { files, bundle, container, artefacts, .. } = &self.plan;
         let mut shares = Shares::new(&files.run)?;
         let (root, spec) = bundle.share(&mut shares)?;
-        let links = match &container.network {
-            Some(namespace) => {
-                let attachment = network::attach(namespace, &tag(files))?;
-                Links { network: attachment.network, fds: attachment.taps }
-            }
-            None => Links::default(),
-        };
+        let mut links = Links::default();
+        if let Some(namespace) = &container.network {
+            let attachment = network::attach(namespace, &tag(files))?;
+            (links.network, links.fds) = (attachment.network, attachment.taps);
+        }
+        if let Some(group) = &container.cgroup {
+            // Engines forget to allow the devices that a machine is made of, and nothing in the group may open them then:
+            // /dev/net/tun has been opened above. If this one does not open, the monitor says why.
+            links.kvm = File::options().read(true).write(true).open("/dev/kvm").ok().map(OwnedFd::from);
+            group.add(container.sandbox)?;
+        }
         let path = files.shares_log();
         let log = File::create(&path).context(|| format!("cannot create {}", path.display()))?;
         let mut server = shares.start(Lifetime::Parent, &log)?;
         trace::mark("virtiofsd spawned");
         let shape = bundle.shape()?;
         let mut monitor = Monitor::start(artefacts, files, &shape, Vec::new(), Some(&mut server), &links)?;
-        drop(links.fds);
+        (links.fds, links.kvm) = (Vec::new(), None);
         trace::mark("monitor spawned");
         hooks::run("createContainer", &container.hooks.create_container, &container.state(Status::Creating))?;
         let signals = &self.signals;
