@@ -3,6 +3,7 @@
 mod archives;
 mod bad_input;
 mod containers;
+mod engines;
 mod figures;
 mod flags;
 mod framework;
@@ -12,6 +13,8 @@ mod monitor;
 mod network;
 mod network_figures;
 mod oci;
+mod oci_host;
+mod podman;
 mod real_images;
 mod run;
 mod terminal;

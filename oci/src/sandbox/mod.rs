@@ -103,11 +103,8 @@ pub fn run(plan: Plan) -> ! {
 fn live(plan: Plan, created: &mut bool) -> Result<End> {
     let mut sandbox = Sandbox::new(plan)?;
     let outcome = sandbox.live(created);
-    sandbox.put_away();
     let end = outcome.as_ref().ok().copied().unwrap_or(End { code: 255, ..End::default() });
-    if let (true, Some(group)) = (end.oom, &sandbox.plan.container.cgroup) {
-        group.report_oom();
-    }
+    sandbox.put_away(end.oom);
     sandbox.stand_in.end(end.code, end.signal);
     outcome
 }
@@ -396,8 +393,8 @@ impl Sandbox {
         let _: Result<Empty, _> = agent.call("ResizeTerminal", &request);
     }
 
-    /// Ends the microVM, its writes on the host's disk, and leaves the network as it was.
-    fn put_away(&mut self) {
+    /// Ends the microVM, its writes on the host's disk, and leaves the network as it was. `oom`: that is what it ended of.
+    fn put_away(&mut self, oom: bool) {
         if let Some(mut vm) = self.vm.take() {
             if let Ok(mut agent) = self.guest.agent() {
                 // Pages that were written through shared mappings are still in the guest's memory.
@@ -408,6 +405,9 @@ impl Sandbox {
         }
         if let Some(namespace) = &self.plan.container.network {
             let _ = network::detach(namespace, &tag(&self.plan.files));
+        }
+        if let (true, Some(group)) = (oom, &self.plan.container.cgroup) {
+            group.report_oom();
         }
         let _ = self.set_status(Status::Stopped);
         trace::mark("microVM ended");
