@@ -27,8 +27,11 @@ pub fn create(context: &Context, wish: &Create) -> Result<i32> {
 
 fn make(context: &Context, wish: &Create, detach: bool) -> Result<i32> {
     super::refuse_fds(wish.preserve_fds)?;
-    let artefacts = Artefacts::find()?;
+    let mut artefacts = Artefacts::find()?;
     let bundle = Bundle::read(&wish.bundle, &context.log)?;
+    if let Some(kernel) = &bundle.vm.kernel {
+        artefacts.kernel.clone_from(kernel);
+    }
     match (bundle.terminal, &wish.console_socket) {
         (true, None) if detach => {
             return Err(Error::Usage(

@@ -1,5 +1,8 @@
 //! config.json: what is asked of the host is taken out and done here, the rest goes to the agent, which is strict too.
 
+mod take;
+mod vm;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,6 +13,9 @@ use bulkhead_runtime::shares::{Access, Shares};
 use bulkhead_runtime::{Context, Error, Result};
 use serde_json::{Value, json};
 
+pub use self::take::leave_hosts_out;
+use self::take::{drop_labels, keep_shared_memory_inside, take_devices, take_namespaces, take_resources};
+pub use self::vm::Vm;
 use crate::log::Log;
 use crate::sandbox::View;
 use crate::store::Hooks;
@@ -19,11 +25,6 @@ const MAX_BYTES: u64 = 8 << 20;
 /// What `dev.bulkhead.` annotations can say.
 const MEMORY: &str = "dev.bulkhead.memory";
 const VCPUS: &str = "dev.bulkhead.vcpus";
-/// `statfs(2)`, TMPFS_MAGIC.
-const TMPFS_MAGIC: rustix::fs::FsWord = 0x0102_1994;
-/// Major numbers of character devices that mean the same in every kernel: memory, terminals, miscellaneous.
-const KNOWN_MAJORS: [i64; 4] = [1, 5, 10, 136];
-
 /// A bundle, read and understood.
 #[derive(Debug)]
 pub struct Bundle {
@@ -45,6 +46,8 @@ pub struct Bundle {
     pub hostname: String,
     /// `linux.cgroupsPath`.
     pub cgroups_path: String,
+    /// What `vm` asks for.
+    pub vm: Vm,
     /// `linux.resources`, for the host's cgroup.
     pub resources: Value,
     spec: Value,
@@ -102,6 +105,7 @@ impl Bundle {
         hooks.check()?;
         let annotations = serde_json::from_value(from(spec.get("annotations"), "annotations")?)
             .context(|| format!("{}: annotations", path.display()))?;
+        let vm = Vm::read(&spec).map_err(in_file)?;
         let network = take_namespaces(&mut spec).map_err(in_file)?;
         take_devices(&mut spec, log).map_err(in_file)?;
         drop_labels(&mut spec, log);
@@ -126,6 +130,7 @@ impl Bundle {
             network,
             hostname,
             cgroups_path,
+            vm,
             resources,
             spec,
             binds,
@@ -153,6 +158,13 @@ impl Bundle {
         let milli_cpus = limit("/linux/resources/cpu/quota")
             .and_then(|quota| u64::try_from(quota.saturating_mul(1000) / period).ok());
         let mut shape = Shape::new(memory, milli_cpus.map(|cpus| cpus.max(1)));
+        if let Some(bytes) = self.vm.memory {
+            shape.memory_mib = u32::try_from(bytes >> 20)
+                .map_err(|_| usage(format!("vm.hwConfig.memory: {bytes} bytes")))?;
+        }
+        if let Some(vcpus) = self.vm.vcpus {
+            shape.vcpus = u8::try_from(vcpus).map_err(|_| usage(format!("vm.hwConfig.vcpus: {vcpus}")))?;
+        }
         if let Some(mib) = number(MEMORY)? {
             shape.memory_mib =
                 u32::try_from(mib).map_err(|_| usage(format!("annotation {MEMORY}: {mib} MiB")))?;
@@ -241,132 +253,6 @@ fn text<'a>(value: &'a Value, pointer: &str) -> &'a str {
     value.pointer(pointer).and_then(Value::as_str).unwrap_or_default()
 }
 
-fn take_namespaces(spec: &mut Value) -> Result<Wanted, String> {
-    let mut network = Wanted::Existing(NamespaceRef::Pid(1));
-    let Some(list) = spec.pointer_mut("/linux/namespaces").and_then(Value::as_array_mut) else {
-        return Err(
-            "linux.namespaces has no network namespace: the host's network cannot be a guest's".into()
-        );
-    };
-    let mut kept = Vec::new();
-    for namespace in list.drain(..) {
-        let (kind, path) = (text(&namespace, "/type").to_owned(), text(&namespace, "/path").to_owned());
-        match (kind.as_str(), path.as_str()) {
-            ("network", "") => network = Wanted::New,
-            ("network", path) => network = Wanted::Existing(NamespaceRef::Path(path.into())),
-            (_, "") => kept.push(namespace),
-            (kind, path) => {
-                return Err(format!(
-                    "linux.namespaces: the {kind} namespace {path} cannot be joined, it belongs to another kernel \
-                     (containers of one pod in one microVM come with the containerd shim)"
-                ));
-            }
-        }
-    }
-    *list = kept;
-    if network == Wanted::Existing(NamespaceRef::Pid(1)) {
-        return Err(
-            "linux.namespaces has no network namespace: the host's network cannot be a guest's (podman, docker: use \
-             another --network than host)"
-                .into(),
-        );
-    }
-    Ok(network)
-}
-
-/// A device of the host's is refused, unless the container may use any device: then it is privileged, and its engine
-/// has listed all that the host has. Such a container gets the devices of its guest, which are all its own.
-fn take_devices(spec: &mut Value, log: &Log) -> Result<(), String> {
-    let rules = spec.pointer("/linux/resources/devices").and_then(Value::as_array).into_iter().flatten();
-    let privileged = rules.filter(|rule| rule.get("allow") == Some(&json!(true))).any(|rule| {
-        let wild = |key: &str| rule.get(key).is_none_or(|number| number.is_null() || *number == json!(-1));
-        matches!(text(rule, "/type"), "" | "a") && wild("major") && wild("minor")
-    });
-    let Some(devices) = spec.pointer_mut("/linux/devices").and_then(Value::as_array_mut) else {
-        return Ok(());
-    };
-    let is_known = |device: &Value| {
-        let major = device.get("major").and_then(Value::as_i64).unwrap_or(-1);
-        match text(device, "/type") {
-            "p" => true,
-            "c" | "u" => KNOWN_MAJORS.contains(&major),
-            _ => false,
-        }
-    };
-    if let Some(device) = devices.iter().find(|device| !is_known(device))
-        && !privileged
-    {
-        let path = text(device, "/path");
-        return Err(format!("linux.devices: {path} is a device of the host's, which a guest does not have"));
-    }
-    let all = devices.len();
-    devices.retain(is_known);
-    if devices.len() < all {
-        log.debug(&format!("{} devices of the host are not the guest's and left out", all - devices.len()));
-    }
-    Ok(())
-}
-
-/// Engines make a tmpfs on the host for /dev/shm and bind it. Shared memory is shared by processes of one kernel, so the
-/// guest gets a tmpfs of that size instead, which is memory rather than a file server.
-fn keep_shared_memory_inside(spec: &mut Value) {
-    let Some(mounts) = spec.get_mut("mounts").and_then(Value::as_array_mut) else { return };
-    let of_engine = |mount: &&mut Value| {
-        text(mount, "/destination") == "/dev/shm" && text(mount, "/source").starts_with('/')
-    };
-    for mount in mounts.iter_mut().filter(of_engine) {
-        let source = PathBuf::from(text(mount, "/source"));
-        let Ok(about) = rustix::fs::statfs(&source) else { continue };
-        if about.f_type != TMPFS_MAGIC {
-            continue;
-        }
-        let bytes = about.f_blocks.saturating_mul(u64::try_from(about.f_bsize).unwrap_or(4096));
-        let mut options: Vec<String> = ["nosuid", "nodev", "noexec", "mode=1777"].map(str::to_owned).to_vec();
-        options.push(format!("size={bytes}"));
-        let given = mount.get("options").and_then(Value::as_array).into_iter().flatten();
-        options.extend(given.filter_map(Value::as_str).filter(|option| *option == "ro").map(str::to_owned));
-        *mount = json!({"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": options});
-    }
-}
-
-/// All resources, for the host's cgroup. What names processors and disks of the host's is only for there.
-fn take_resources(spec: &mut Value) -> Value {
-    let Some(linux) = spec.get_mut("linux").and_then(Value::as_object_mut) else { return json!({}) };
-    linux.remove("cgroupsPath");
-    let Some(resources) = linux.get_mut("resources") else { return json!({}) };
-    let all = resources.clone();
-    leave_hosts_out(resources);
-    all
-}
-
-/// Takes out of `linux.resources` what only the host can do.
-pub fn leave_hosts_out(resources: &mut Value) {
-    if let Some(fields) = resources.as_object_mut() {
-        fields.remove("blockIO");
-    }
-    if let Some(cpu) = resources.get_mut("cpu").and_then(Value::as_object_mut) {
-        cpu.remove("cpus");
-        cpu.remove("mems");
-    }
-}
-
-/// Labels of security modules that the guest's kernel does not have; its own kernel is the stronger wall.
-fn drop_labels(spec: &mut Value, log: &Log) {
-    let mut remove = |pointer: &str, key: &str| {
-        let fields = spec.pointer_mut(pointer).and_then(Value::as_object_mut);
-        if let Some(label) = fields.and_then(|fields| fields.remove(key))
-            && label.as_str().is_some_and(|label| !label.is_empty())
-        {
-            log.debug(&format!(
-                "{key} {label} has no effect: the guest's kernel has no such security module"
-            ));
-        }
-    };
-    remove("/process", "apparmorProfile");
-    remove("/process", "selinuxLabel");
-    remove("/linux", "mountLabel");
-}
-
 /// Which mounts are of the host's files.
 fn find_binds(spec: &Value) -> Result<Vec<usize>, String> {
     let mut binds = Vec::new();
@@ -422,6 +308,27 @@ mod tests {
         let shape = bundle.shape().unwrap();
         assert_eq!(shape.vcpus, 2);
         assert!(shape.memory_mib > 128);
+    }
+
+    #[test]
+    fn vm_is_honoured_or_refused() {
+        let with = |vm: &str| bundle(&GOOD.replace("\"annotations\":{\"a\":\"b\"}", &format!("\"vm\":{vm}")));
+        let good = r#"{"kernel":{"path":"/k","parameters":[]},"hwConfig":{"vcpus":3,"memory":1073741824}}"#;
+        let good = with(good).unwrap();
+        let shape = good.shape().unwrap();
+        assert_eq!(
+            (good.vm.kernel.as_deref(), shape.vcpus, shape.memory_mib),
+            (Some(Path::new("/k")), 3, 1024)
+        );
+        for (bad, word) in [
+            (r#"{"hypervisor":{"path":"/usr/bin/other"}}"#, "vm.hypervisor.path"),
+            (r#"{"kernel":{"path":"k"}}"#, "vm.kernel.path"),
+            (r#"{"hwConfig":{"vcpus":-1}}"#, "vm.hwConfig.vcpus"),
+            ("[]", "vm is no object"),
+        ] {
+            let error = with(bad).unwrap_err().chain();
+            assert!(error.contains(word), "{bad}: {error}");
+        }
     }
 
     #[test]
