@@ -15,7 +15,7 @@ mod verbs;
 
 use std::process::ExitCode;
 
-use bulkhead_runtime::Error;
+use bulkhead_runtime::{Error, trace};
 use clap::Parser;
 
 use crate::args::{Arguments, Verb};
@@ -36,6 +36,7 @@ pub struct Context {
 }
 
 fn main() -> ExitCode {
+    trace::begin();
     let arguments = match Arguments::try_parse() {
         Ok(arguments) => arguments,
         Err(error) => {

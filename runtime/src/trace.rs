@@ -1,6 +1,7 @@
 //! A timeline of a start, step by step, in the form that trace viewers open (Chrome's trace events).
 //!
-//! `BULKHEAD_TRACE=FILE` switches it on. Times are of the monotonic clock, so the marks of `bulkhead`, of its
+//! `BULKHEAD_TRACE=FILE` switches it on; `BULKHEAD_TRACE=1` names a file for each start, `bulkhead-trace-PID.json` in the
+//! directory for temporary files, which suits engines that start many. Times are of the monotonic clock, so the marks of `bulkhead`, of its
 //! supervisor, of the monitor and of the guest's agent fall on one line.
 
 use std::path::PathBuf;
@@ -41,7 +42,10 @@ pub fn enabled() -> bool {
 
 /// Writes the timeline, with the monitor's among ours.
 pub fn write(monitor: Option<&Value>) {
-    let Some(path) = env::var_os("BULKHEAD_TRACE").map(PathBuf::from) else { return };
+    let Some(mut path) = env::var_os("BULKHEAD_TRACE").map(PathBuf::from) else { return };
+    if path.as_os_str() == "1" {
+        path = env::temp_dir().join(format!("bulkhead-trace-{}.json", std::process::id()));
+    }
     let Some(marks) = MARKS.lock().unwrap_or_else(PoisonError::into_inner).take() else { return };
     let ours = marks.iter().map(|&(name, ns)| ("bulkhead", name.to_owned(), ns));
     let monitor = monitor.and_then(Value::as_array);

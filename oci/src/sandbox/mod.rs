@@ -395,13 +395,18 @@ impl Sandbox {
 
     /// Ends the microVM, its writes on the host's disk, and leaves the network as it was. `oom`: that is what it ended of.
     fn put_away(&mut self, oom: bool) {
+        let mut timeline = None;
         if let Some(mut vm) = self.vm.take() {
+            trace::mark("output passed on");
+            timeline = trace::enabled().then(|| vm.monitor.timeline()).flatten();
             if let Ok(mut agent) = self.guest.agent() {
                 // Pages that were written through shared mappings are still in the guest's memory.
                 let _ = agent.send("Shutdown", &ShutdownRequest { status: 0, sync: true });
                 vm.monitor.end();
             }
+            trace::mark("monitor ended");
             drop(vm);
+            trace::mark("virtiofsd ended");
         }
         if let Some(namespace) = &self.plan.container.network {
             let _ = network::detach(namespace, &tag(&self.plan.files));
@@ -411,7 +416,7 @@ impl Sandbox {
         }
         let _ = self.set_status(Status::Stopped);
         trace::mark("microVM ended");
-        trace::write(None);
+        trace::write(timeline.as_ref());
     }
 }
 
