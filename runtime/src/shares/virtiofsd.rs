@@ -140,7 +140,7 @@ impl Server {
         Ok(Self { child, connection: Some(connection.into()), left_alone: false })
     }
 
-    /// The device for the monitor's configuration. The monitor must inherit [`Server::connection`].
+    /// The device for the monitor's configuration. The monitor must inherit its connection.
     #[must_use]
     pub fn filesystem(&self) -> Option<FilesystemConfig> {
         self.connection.as_ref().map(|connection| device(connection.as_raw_fd()))

@@ -10,7 +10,7 @@ pub const MAX_FRAME: usize = 65535 + 14 + 4;
 /// Longest packet: a frame and its header.
 pub const MAX_PACKET: usize = MAX_FRAME + HEADER_BYTES;
 
-/// Sends and receives packets: a header of [`HEADER_BYTES`] and an Ethernet frame.
+/// Sends and receives packets: a header of `HEADER_BYTES` and an Ethernet frame.
 pub trait Backend: Send {
     /// Becomes ready, edge-triggered, when there is a packet, or room after there was none.
     fn fd(&self) -> RawFd;
@@ -20,7 +20,7 @@ pub trait Backend: Send {
     }
     /// [`Self::fd`] has become ready.
     fn ready(&mut self) {}
-    /// Offload features it can be used with, of those in [`super::header`].
+    /// Offload features it can be used with, of those in `super::header`.
     fn offloads(&self) -> u64;
     /// The driver accepted these features.
     ///
