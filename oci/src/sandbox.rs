@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
+use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -256,6 +257,10 @@ impl Sandbox {
             }
             None => Links::default(),
         };
+        let name_server = container.network.as_ref().zip(bundle.name_server());
+        if let Some((namespace, server)) = name_server {
+            network::names::serve(namespace, server, &files.names())?;
+        }
         let path = files.shares_log();
         let log = File::create(&path).context(|| format!("cannot create {}", path.display()))?;
         let mut server = shares.start(Lifetime::Parent, &log)?;
@@ -269,7 +274,7 @@ impl Sandbox {
         monitor.wait_ready(signals, || std::iter::from_fn(|| signals.next()).any(is_fatal))?;
         trace::mark("agent up");
         let mut agent = self.guest.agent()?;
-        configure(&mut agent, bundle, &links.network)?;
+        configure(&mut agent, bundle, &links.network, name_server.map(|(_, server)| server))?;
         let stdio = self.stdio();
         let request = CreateContainerRequest {
             id: guest_id(&container.id),
@@ -492,7 +497,12 @@ fn ends(plan: &Plan) -> Result<(Ends, Option<OwnedFd>)> {
     Ok((ends, Some(slave)))
 }
 
-fn configure(agent: &mut Agent, bundle: &Bundle, network: &Network) -> Result<()> {
+fn configure(
+    agent: &mut Agent,
+    bundle: &Bundle,
+    network: &Network,
+    name_server: Option<Ipv4Addr>,
+) -> Result<()> {
     let mut entropy = vec![0; 32];
     names::random(&mut entropy)?;
     let request = ConfigureRequest {
@@ -501,6 +511,7 @@ fn configure(agent: &mut Agent, bundle: &Bundle, network: &Network) -> Result<()
         realtime_ns: i64::try_from(now_ns()).unwrap_or(0),
         shares: vec![shares::TAG.to_owned()],
         network: Some(network.to_message()),
+        name_server: name_server.map_or_else(Vec::new, |server| server.octets().to_vec()),
     };
     let info: GuestInfo = agent.call("Configure", &request).context(|| "cannot set the guest up".into())?;
     if info.protocol == bulkhead_protocol::PROTOCOL_VERSION {
