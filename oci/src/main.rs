@@ -4,6 +4,7 @@
 //! [`config`] (what of config.json is whose).
 
 mod args;
+mod cgroup;
 mod config;
 mod console;
 mod hooks;
@@ -28,6 +29,10 @@ pub struct Context {
     pub root: Root,
     /// Where messages go.
     pub log: Log,
+    /// cgroupsPath names a unit of systemd's.
+    pub systemd_cgroup: bool,
+    /// The host's cgroups are not ours to write.
+    pub rootless: bool,
 }
 
 fn main() -> ExitCode {
@@ -55,7 +60,14 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     };
     let result = Root::new(arguments.global.root.as_deref()).and_then(|root| {
-        let context = Context { root, log: Log::open(&arguments.global)? };
+        let global = &arguments.global;
+        let rootless = match global.rootless.as_str() {
+            "true" => true,
+            "false" => false,
+            _ => !rustix::process::geteuid().is_root(),
+        };
+        let context =
+            Context { root, log: Log::open(global)?, systemd_cgroup: global.systemd_cgroup, rootless };
         run(&context, verb)
     });
     match result {

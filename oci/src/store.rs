@@ -1,7 +1,7 @@
 //! What is on disk about each container: `<root>/<id>/state.json`, as runtime-spec's state and some more.
 //!
-//! The container's process, as engines see it, is the sandbox's: the process that relays its streams and ends with its
-//! status. Whether it lives is asked of the kernel, not of the file.
+//! The container's process, as engines see it, is its stand-in ([`crate::sandbox`]), which ends with its status. Whether it
+//! lives is asked of the kernel, not of the file.
 
 use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, OpenOptions};
@@ -14,6 +14,8 @@ use bulkhead_runtime::network::NamespaceRef;
 use bulkhead_runtime::state::Files;
 use bulkhead_runtime::{Context, Error, Layout, Result};
 use serde::{Deserialize, Serialize};
+
+use crate::cgroup::Cgroup;
 
 /// Version of runtime-spec that the state follows.
 pub const SPEC_VERSION: &str = "1.3.0";
@@ -91,10 +93,16 @@ pub struct Container {
     pub id: String,
     /// As last written; see [`Container::status`].
     pub status: Status,
-    /// The sandbox's process on the host.
+    /// The process that stands for the container's on the host.
     pub pid: i32,
     /// When that process started, in clock ticks after boot: pids are used again.
     pub pid_start: u64,
+    /// The sandbox's process, which works for it.
+    #[serde(default)]
+    pub sandbox: i32,
+    /// When that one started.
+    #[serde(default)]
+    pub sandbox_start: u64,
     /// Absolute path.
     pub bundle: PathBuf,
     /// Absolute path.
@@ -111,6 +119,12 @@ pub struct Container {
     pub network: Option<NamespaceRef>,
     /// Sockets of the sandbox.
     pub run: PathBuf,
+    /// The group of all its processes.
+    #[serde(default)]
+    pub cgroup: Option<Cgroup>,
+    /// Memory of its machine, MiB.
+    #[serde(default)]
+    pub machine_mib: u32,
     /// Who called `create`.
     pub owner: u32,
 }
@@ -247,7 +261,7 @@ impl Container {
         if self.lives() { self.status } else { Status::Stopped }
     }
 
-    /// Whether the sandbox's process lives.
+    /// Whether the container's process lives.
     pub fn lives(&self) -> bool {
         self.pid > 0 && start_of(self.pid) == Some(self.pid_start)
     }

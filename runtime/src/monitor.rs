@@ -63,6 +63,8 @@ pub struct Links {
     pub network: Network,
     /// For the monitor.
     pub fds: Vec<OwnedFd>,
+    /// `/dev/kvm`, for a monitor that may not open it.
+    pub kvm: Option<OwnedFd>,
 }
 
 impl Links {
@@ -101,7 +103,11 @@ impl Monitor {
         links: &Links,
     ) -> Result<Self> {
         let config = Config {
-            machine: MachineConfig { vcpus: shape.vcpus, memory_mib: shape.memory_mib },
+            machine: MachineConfig {
+                vcpus: shape.vcpus,
+                memory_mib: shape.memory_mib,
+                kvm_fd: links.kvm.as_ref().map(AsRawFd::as_raw_fd),
+            },
             boot: BootConfig {
                 kernel: artefacts.kernel.clone(),
                 initramfs: Some(artefacts.initramfs.clone()),
@@ -138,7 +144,7 @@ impl Monitor {
         if let Some(server) = &shares {
             server.hand_over(&mut command);
         }
-        network::inherit(&mut command, links.fds.iter().map(AsRawFd::as_raw_fd).collect());
+        network::inherit(&mut command, links.fds.iter().chain(&links.kvm).map(AsRawFd::as_raw_fd).collect());
         let child = command.spawn().context(what)?;
         if let Some(server) = shares {
             server.handed_over();

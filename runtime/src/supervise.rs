@@ -436,11 +436,11 @@ fn links(record: &Record) -> Result<Links> {
         NetworkWish::None => Ok(Links::default()),
         NetworkWish::Namespace(namespace) => {
             let attachment = network::attach(namespace, &record.id)?;
-            Ok(Links { network: attachment.network, fds: attachment.taps })
+            Ok(Links { network: attachment.network, fds: attachment.taps, ..Links::default() })
         }
         NetworkWish::Passt => {
             let passt = Passt::start(&record.options.publish)?;
-            Ok(Links { network: passt.network, fds: vec![passt.socket] })
+            Ok(Links { network: passt.network, fds: vec![passt.socket], ..Links::default() })
         }
     }
 }

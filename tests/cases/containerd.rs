@@ -10,7 +10,7 @@ use bulkhead_tests::process::{Finished, Program};
 use bulkhead_tests::registry::Needs;
 use bulkhead_tests::test;
 
-use crate::engines::{Daemon, Step, lives, side_by_side};
+use crate::daemons::{Daemon, Step, lives, side_by_side};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 const IMAGE: &str = "docker.io/library/busybox:latest";
@@ -164,5 +164,7 @@ fn the_same_as_with_runc(host: &Host) -> Result<()> {
     let engines = ["runc", "/usr/local/bin/bulkhead-oci"].map(|runtime| (runtime, Ctr { host, runtime }));
     let done = side_by_side(&engines, &steps());
     daemon.end(&["/run/containerd"])?;
+    // The group of containerd's namespace, which runc leaves.
+    let _ = fs::remove_dir("/sys/fs/cgroup/default");
     done
 }

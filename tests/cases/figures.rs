@@ -75,7 +75,8 @@ fn start_beside_runc_and_crun(host: &Host) -> Result<()> {
         "bulkhead run",
         measure(|applet, _| host.bulkhead_program(["run", "--rm", "busybox", applet, "x"]))?,
     )];
-    for runtime in ["runc", "crun"] {
+    for (runtime, name) in [("bulkhead-oci", "bulkhead-oci run"), ("runc", "runc run"), ("crun", "crun run")]
+    {
         let (echo, quiet) = (bundle(host, runtime, "echo")?, bundle(host, runtime, "true")?);
         let state = host.work().join("state");
         let times = measure(|applet, number| {
@@ -87,7 +88,7 @@ fn start_beside_runc_and_crun(host: &Host) -> Result<()> {
                 .args([bundle])
                 .args([id])
         })?;
-        rows.push((if runtime == "runc" { "runc run" } else { "crun run" }, times));
+        rows.push((name, times));
     }
     let ours = &rows[0].1;
     let (first, end) = (ours.first_output.as_secs_f64(), ours.end.as_secs_f64());

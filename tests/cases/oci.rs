@@ -12,24 +12,25 @@ use bulkhead_tests::registry::Needs;
 use bulkhead_tests::test;
 use serde_json::{Value, json};
 
-const NEEDS: Needs = Needs::deadline(Needs::bulkhead(), 60);
+pub const NEEDS: Needs = Needs::deadline(Needs::bulkhead(), 60);
 
 /// A bundle of busybox, and a runtime to run it with.
-struct Bundle {
-    dir: PathBuf,
+pub struct Bundle {
+    pub dir: PathBuf,
     root: PathBuf,
     runtime: &'static str,
 }
 
 impl Bundle {
-    fn new(host: &Host, runtime: &'static str) -> Result<Self> {
+    pub fn new(host: &Host, runtime: &'static str) -> Result<Self> {
         let dir = host.work().join(runtime);
         let bin = dir.join("rootfs/bin");
         fs::create_dir_all(&bin)?;
         fs::copy("/usr/bin/busybox", bin.join("busybox"))?;
-        for applet in
-            ["sh", "true", "cat", "sleep", "id", "uname", "seq", "stty", "touch", "env", "mount", "kill"]
-        {
+        for applet in [
+            "sh", "true", "cat", "sleep", "tail", "id", "uname", "seq", "stty", "touch", "env", "mount",
+            "kill",
+        ] {
             symlink("busybox", bin.join(applet))?;
         }
         let bundle = Self { root: host.work().join(format!("{runtime}-state")), dir, runtime };
@@ -41,14 +42,14 @@ impl Bundle {
         Ok(bundle)
     }
 
-    fn change(&self, change: impl FnOnce(&mut Value)) -> Result<()> {
+    pub fn change(&self, change: impl FnOnce(&mut Value)) -> Result<()> {
         let file = self.dir.join("config.json");
         let mut config: Value = serde_json::from_slice(&fs::read(&file)?)?;
         change(&mut config);
         Ok(fs::write(file, config.to_string())?)
     }
 
-    fn runs(&self, script: &str) -> Result<()> {
+    pub fn runs(&self, script: &str) -> Result<()> {
         self.change(|config| config["process"]["args"] = json!(["sh", "-c", script]))
     }
 
@@ -57,12 +58,12 @@ impl Bundle {
         Program::new([self.runtime, "--root", &root]).args(words.iter().copied()).dir(&self.dir)
     }
 
-    fn call(&self, words: &[&str]) -> Result<Finished> {
+    pub fn call(&self, words: &[&str]) -> Result<Finished> {
         self.program(words).run()
     }
 
     /// For what leaves a process behind that holds its streams: they go to the files `out` and `err` of the bundle.
-    fn apart(&self, words: &[&str]) -> Result<Finished> {
+    pub fn apart(&self, words: &[&str]) -> Result<Finished> {
         let root = self.root.display().to_string();
         let line = "exec \"$@\" >out 2>err </dev/null";
         Program::new(["sh", "-c", line, "sh", self.runtime, "--root", &root])
@@ -77,7 +78,7 @@ impl Bundle {
         Ok(state["status"].as_str().context("no status")?.to_owned())
     }
 
-    fn wait_for(&self, host: &Host, id: &str, status: &str) -> Result<()> {
+    pub fn wait_for(&self, host: &Host, id: &str, status: &str) -> Result<()> {
         host.eventually(status, Duration::from_secs(10), || Ok(self.status(id)? == status))
     }
 }
@@ -90,7 +91,7 @@ fn both(host: &Host, steps: impl Fn(&Bundle) -> Result<()>) -> Result<()> {
     Ok(())
 }
 
-fn pid_in(file: &Path) -> Result<i32> {
+pub fn pid_in(file: &Path) -> Result<i32> {
     Ok(fs::read_to_string(file)?.parse()?)
 }
 

@@ -5,6 +5,8 @@ use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, bail};
@@ -39,7 +41,9 @@ pub fn supervise(name: &str) -> Result<i32> {
         .spawn()
         .context("start the test")?;
     let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).context("no pid")?;
-    std::thread::spawn(move || reap_orphans(pid));
+    let done = Arc::new(AtomicBool::new(false));
+    let until = Arc::clone(&done);
+    std::thread::spawn(move || reap_orphans(pid, &until));
     let deadline = Duration::from_secs(test.needs.deadline_seconds);
     let mut complaints = Vec::new();
     if !ends_within(pid, deadline)? {
@@ -53,6 +57,7 @@ pub fn supervise(name: &str) -> Result<i32> {
         complaints.push(complaint);
         kill_descendants();
     }
+    done.store(true, Ordering::Release);
     let status = shell_status(child.wait().context("wait for the test")?);
     if status != 0 && complaints.is_empty() {
         complaints.push(match status {
@@ -127,9 +132,9 @@ fn kill_descendants() {
     }
 }
 
-/// Collects orphans as init would, as long as `but` lives: an unreaped process keeps its pid namespace alive, and
-/// programs that look for it find it.
-fn reap_orphans(but: Pid) {
+/// Collects orphans as init would, as long as `but` lives and not `done`: an unreaped process keeps its pid namespace
+/// alive, and programs that look for it find it.
+fn reap_orphans(but: Pid, done: &AtomicBool) {
     loop {
         // SAFETY: all zeroes is a value of this plain structure of integers.
         let mut about: libc::siginfo_t = unsafe { std::mem::zeroed() };
@@ -137,7 +142,7 @@ fn reap_orphans(but: Pid) {
         let status = unsafe { libc::waitid(libc::P_ALL, 0, &raw mut about, libc::WEXITED | libc::WNOWAIT) };
         // SAFETY: waitid() has filled in the part of the structure that tells of a child, or it stayed zero.
         let pid = Pid::from_raw(unsafe { about.si_pid() });
-        if status != 0 || pid.is_none() || pid == Some(but) {
+        if status != 0 || pid.is_none() || pid == Some(but) || done.load(Ordering::Acquire) {
             return;
         }
         let _ = rustix::process::waitpid(pid, WaitOptions::NOHANG);

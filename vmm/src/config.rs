@@ -80,11 +80,15 @@ pub struct MachineConfig {
     pub vcpus: u8,
     /// Guest memory in MiB.
     pub memory_mib: u32,
+    /// Descriptor of `/dev/kvm` that the monitor inherits, for one that may not open it itself: in a cgroup that
+    /// allows no devices, say. Absent: it opens `/dev/kvm`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kvm_fd: Option<RawFd>,
 }
 
 impl Default for MachineConfig {
     fn default() -> Self {
-        Self { vcpus: 1, memory_mib: 256 }
+        Self { vcpus: 1, memory_mib: 256, kvm_fd: None }
     }
 }
 
@@ -299,7 +303,10 @@ impl Config {
     /// The first thing found to be impossible, in words that name the key.
     pub fn check(&self) -> Result<()> {
         let complain = |message: String| Err(Error::Config(message));
-        let MachineConfig { vcpus, memory_mib } = self.machine;
+        let MachineConfig { vcpus, memory_mib, kvm_fd } = self.machine;
+        if kvm_fd.is_some_and(|fd| fd < 3) {
+            return Err(Error::Config("machine: \"kvm_fd\" must be 3 or above".to_owned()));
+        }
         if !(1..=MAX_VCPUS).contains(&vcpus) {
             return complain(format!("machine.vcpus is {vcpus}, but must be 1 to {MAX_VCPUS}"));
         }
@@ -504,7 +511,7 @@ mod tests {
     #[test]
     fn the_smallest_configuration_is_a_kernel() {
         let config = parse(r#"{"boot":{"kernel":"k"}}"#).unwrap();
-        assert_eq!(config.machine, MachineConfig { vcpus: 1, memory_mib: 256 });
+        assert_eq!(config.machine, MachineConfig { vcpus: 1, memory_mib: 256, kvm_fd: None });
         assert_eq!(config.boot.cmdline, DEFAULT_CMDLINE);
         assert!(config.rng && config.vsock.is_none() && config.disks.is_empty());
     }

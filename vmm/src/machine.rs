@@ -1,6 +1,6 @@
 //! The recipe: how a microVM is made, runs and ends. Read [`Machine::build`] top to bottom.
 
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::panic::resume_unwind;
@@ -8,7 +8,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::thread;
 
-use kvm_bindings::CpuId;
+use kvm_bindings::{CpuId, KVM_API_VERSION};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use linux_loader::loader::Cmdline;
 use vmm_sys_util::eventfd::EventFd;
@@ -64,7 +64,7 @@ impl Machine {
     /// # Errors
     /// When the configuration, a file it names, KVM or the host does not allow it.
     pub fn build(config: Config, timeline: Arc<Timeline>) -> Result<Self> {
-        let kvm = open_kvm()?;
+        let kvm = open_kvm(config.machine.kvm_fd)?;
         let bytes = u64::from(config.machine.memory_mib) << 20;
         let memory = Arc::new(memory::create(bytes, backing(&config))?);
         // KVM waits some milliseconds for the host's RCU before there is a virtual machine: meanwhile another thread does
@@ -168,7 +168,7 @@ impl Machine {
 /// # Errors
 /// As [`Machine::build`].
 pub fn check(config: &Config) -> Result<()> {
-    open_kvm()?;
+    open_kvm(config.machine.kvm_fd)?;
     let bytes = u64::from(config.machine.memory_mib) << 20;
     for disk in &config.disks {
         open_disk(disk)?;
@@ -198,12 +198,27 @@ pub struct Running {
     pub timeline: Arc<Timeline>,
 }
 
-/// Opens /dev/kvm and checks what the monitor cannot do without.
-pub(crate) fn open_kvm() -> Result<Kvm> {
-    let fd = Kvm::open_with_cloexec(true)
-        .map_err(|source| Error::KvmOpen { reason: open_reason(&source), source })?;
-    // SAFETY: a descriptor of /dev/kvm just opened, owned by nobody else.
+/// Opens /dev/kvm, or takes over the descriptor of it that was inherited, and checks what the monitor cannot do without.
+pub(crate) fn open_kvm(inherited: Option<RawFd>) -> Result<Kvm> {
+    let fd = match inherited {
+        Some(fd) => {
+            // SAFETY: F_SETFD takes no pointers, and fails when there is no such descriptor.
+            if unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
+                return Err(Error::os("take over the descriptor of /dev/kvm")(
+                    std::io::Error::last_os_error(),
+                ));
+            }
+            fd
+        }
+        None => Kvm::open_with_cloexec(true)
+            .map_err(|source| Error::KvmOpen { reason: open_reason(&source), source })?,
+    };
+    // SAFETY: a descriptor just opened, owned by nobody else; or one that whoever started the monitor says is for this, and
+    // which the version tells from any other.
     let kvm = unsafe { Kvm::from_raw_fd(fd) };
+    if kvm.get_api_version().unsigned_abs() != KVM_API_VERSION {
+        return Err(Error::KvmLacks("version 12 of its interface: is that descriptor one of /dev/kvm?"));
+    }
     let needed = [
         (Cap::Irqchip, "an interrupt controller (KVM_CAP_IRQCHIP)"),
         (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),

@@ -59,7 +59,7 @@ impl std::fmt::Display for Verdict {
 
 /// Finds out. Takes a few milliseconds, and a fifth of a second at the very worst.
 pub fn run() -> Verdict {
-    match open_kvm().and_then(|kvm| try_guest(&kvm)) {
+    match open_kvm(None).and_then(|kvm| try_guest(&kvm)) {
         Ok(Ending::Done) => Verdict::Usable,
         Ok(ending) => Verdict::Unusable {
             found: format!("this KVM cannot run Linux: {ending}"),

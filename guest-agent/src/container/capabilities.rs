@@ -48,17 +48,22 @@ impl Sets {
         Ok(())
     }
 
-    /// Sets the other four, after the change of user.
+    /// Sets the other four, after the change of user. An ambient capability that is not both permitted and inheritable
+    /// cannot be raised, and is left out as runc does: buildah asks for such.
     ///
     /// # Errors
     /// What capset says: more than the bounding set allows, for one.
     pub fn apply(&self) -> Result<()> {
         rustix::thread::set_capabilities(None, self.sets).context(|| "set capabilities")?;
-        for capability in self.ambient.iter() {
+        for capability in self.raisable().iter() {
             rustix::thread::configure_capability_in_ambient_set(capability, true)
-                .context(|| "raise an ambient capability (it must be permitted and inheritable too)")?;
+                .context(|| "raise an ambient capability")?;
         }
         Ok(())
+    }
+
+    fn raisable(&self) -> CapabilitySet {
+        self.ambient & self.sets.permitted & self.sets.inheritable
     }
 }
 
@@ -72,6 +77,18 @@ fn parse(names: &[String]) -> Result<CapabilitySet> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_what_is_permitted_and_inheritable_becomes_ambient() {
+        let list = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+        let spec = Capabilities {
+            ambient: list(&["CAP_CHOWN", "CAP_KILL", "CAP_FOWNER"]),
+            permitted: list(&["CAP_CHOWN", "CAP_KILL"]),
+            inheritable: list(&["CAP_KILL", "CAP_FOWNER"]),
+            ..Capabilities::default()
+        };
+        assert_eq!(Sets::from_spec(&spec).unwrap().raisable(), CapabilitySet::KILL);
+    }
 
     #[test]
     fn names_are_the_kernels() {

@@ -11,6 +11,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 
 use super::life;
 use crate::args::{Create, Run};
+use crate::cgroup::Cgroup;
 use crate::config::Bundle;
 use crate::sandbox::{self, GoOn, Plan, Says};
 use crate::store::{Container, Hooks, Status};
@@ -26,8 +27,11 @@ pub fn create(context: &Context, wish: &Create) -> Result<i32> {
 
 fn make(context: &Context, wish: &Create, detach: bool) -> Result<i32> {
     super::refuse_fds(wish.preserve_fds)?;
-    let artefacts = Artefacts::find()?;
+    let mut artefacts = Artefacts::find()?;
     let bundle = Bundle::read(&wish.bundle, &context.log)?;
+    if let Some(kernel) = &bundle.vm.kernel {
+        artefacts.kernel.clone_from(kernel);
+    }
     match (bundle.terminal, &wish.console_socket) {
         (true, None) if detach => {
             return Err(Error::Usage(
@@ -41,12 +45,19 @@ fn make(context: &Context, wish: &Create, detach: bool) -> Result<i32> {
         }
         _ => {}
     }
+    let group = Cgroup::locate(&bundle.cgroups_path, context.systemd_cgroup, &wish.id)?;
+    if group.is_none() {
+        context.log.debug("no cgroup2 at /sys/fs/cgroup: the sandbox is put into no cgroup of the host");
+    }
+    let machine_mib = bundle.shape()?.memory_mib;
     let files = context.root.reserve(&wish.id)?;
     let container = Container {
         id: wish.id.clone(),
         status: Status::Creating,
         pid: 0,
         pid_start: 0,
+        sandbox: 0,
+        sandbox_start: 0,
         bundle: bundle.dir.clone(),
         rootfs: bundle.rootfs.clone(),
         created: logs::rfc3339(now_ns()),
@@ -55,6 +66,8 @@ fn make(context: &Context, wish: &Create, detach: bool) -> Result<i32> {
         process: bundle.process.clone(),
         network: None,
         run: files.run.clone(),
+        cgroup: group.filter(|_| !context.rootless),
+        machine_mib,
         owner: rustix::process::getuid().as_raw(),
     };
     let hooks = container.hooks.clone();
@@ -74,6 +87,9 @@ fn make(context: &Context, wish: &Create, detach: bool) -> Result<i32> {
 fn clean_up(context: &Context, id: &str, hooks: &Hooks) {
     if let Ok(container) = context.root.load(id) {
         life::end(&container);
+        if let Some(group) = &container.cgroup {
+            group.remove();
+        }
         let state = container.state(Status::Stopped);
         let _ = hooks::run("poststop", &hooks.poststop, &state);
     }

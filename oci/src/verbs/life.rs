@@ -11,9 +11,9 @@ use serde_json::{Map, Value, json};
 
 use super::{agent, create, in_state};
 use crate::args::{Kill, Update};
-use crate::config::read_json;
+use crate::config::{leave_hosts_out, read_json};
 use crate::sandbox::{self, Ask, guest_id};
-use crate::store::{Container, Status};
+use crate::store::{Container, Status, start_of};
 use crate::{Context, hooks};
 
 /// How long a killed sandbox may take to go.
@@ -69,17 +69,28 @@ pub fn kill(context: &Context, wish: &Kill) -> Result<()> {
     }
 }
 
-/// Ends a sandbox at once and waits until it is gone.
+/// Ends a container at once and waits until it and its sandbox are gone.
 pub fn end(container: &Container) {
-    let Some(pid) = Pid::from_raw(container.pid) else { return };
-    let Ok(pidfd) = pidfd_open(pid, PidfdFlags::empty()) else { return };
-    // Only now is it certain that the descriptor is of the process we mean.
-    if !container.lives() {
-        return;
+    end_process(container.pid, container.pid_start, true);
+    // It has put the machine away by then, unless something hangs.
+    if !end_process(container.sandbox, container.sandbox_start, false) {
+        end_process(container.sandbox, container.sandbox_start, true);
     }
-    let _ = pidfd_send_signal(&pidfd, Signal::KILL);
+}
+
+/// Waits until a process is gone, which is killed first if `kill`. Answers whether it is.
+fn end_process(pid: i32, start: u64, kill: bool) -> bool {
+    let Some(process) = Pid::from_raw(pid) else { return true };
+    let Ok(pidfd) = pidfd_open(process, PidfdFlags::empty()) else { return true };
+    // Only now is it certain that the descriptor is of the process we mean.
+    if start_of(pid) != Some(start) {
+        return true;
+    }
+    if kill {
+        let _ = pidfd_send_signal(&pidfd, Signal::KILL);
+    }
     let patience = Timespec { tv_sec: PATIENCE.as_secs().cast_signed(), tv_nsec: 0 };
-    let _ = poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&patience));
+    matches!(poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&patience)), Ok(1))
 }
 
 /// Removes a container.
@@ -108,6 +119,9 @@ pub fn delete(context: &Context, id: &str, force: bool) -> Result<()> {
     if let Some(namespace) = &container.network {
         let files = context.root.files(id)?;
         let _ = network::detach(namespace, &sandbox::tag(&files));
+    }
+    if let Some(group) = &container.cgroup {
+        group.remove();
     }
     context.root.remove(id)?;
     if let Err(error) = hooks::run("poststop", &container.hooks.poststop, &container.state(Status::Stopped)) {
@@ -147,9 +161,22 @@ pub fn update(context: &Context, wish: &Update) -> Result<()> {
         Some(path) => read_json(path)?,
         None => from_flags(wish),
     };
-    let request = UpdateContainerRequest { container: guest_id(&wish.id), resources: resources.to_string() };
+    let limit = resources.pointer("/memory/limit").and_then(Value::as_i64).unwrap_or(0);
+    if u64::try_from(limit).is_ok_and(|limit| limit > u64::from(container.machine_mib) << 20) {
+        return Err(Error::Usage(format!(
+            "cannot update container {}: its microVM was made with {} MiB, a memory limit above that takes a new container",
+            wish.id, container.machine_mib
+        )));
+    }
+    let mut inside = resources.clone();
+    leave_hosts_out(&mut inside);
+    let request = UpdateContainerRequest { container: guest_id(&wish.id), resources: inside.to_string() };
     let done: Result<Empty, _> = agent(&container)?.call("UpdateContainer", &request);
-    done.map(drop).context(|| format!("cannot update container {}", wish.id))
+    done.map(drop).context(|| format!("cannot update container {}", wish.id))?;
+    match &container.cgroup {
+        Some(group) => group.limit(&resources, container.machine_mib),
+        None => Ok(()),
+    }
 }
 
 fn from_flags(wish: &Update) -> Value {

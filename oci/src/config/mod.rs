@@ -1,5 +1,8 @@
 //! config.json: what is asked of the host is taken out and done here, the rest goes to the agent, which is strict too.
 
+mod take;
+mod vm;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Read;
@@ -12,7 +15,11 @@ use bulkhead_runtime::shares::{Access, Shares};
 use bulkhead_runtime::{Context, Error, Result};
 use serde_json::{Value, json};
 
+pub use self::take::leave_hosts_out;
+use self::take::{drop_labels, keep_shared_memory_inside, take_devices, take_namespaces, take_resources};
+pub use self::vm::Vm;
 use crate::log::Log;
+use crate::sandbox::View;
 use crate::store::Hooks;
 
 /// Engines write some ten KiB.
@@ -22,9 +29,6 @@ const MAX_RESOLV_CONF: u64 = 64 << 10;
 /// What `dev.bulkhead.` annotations can say.
 const MEMORY: &str = "dev.bulkhead.memory";
 const VCPUS: &str = "dev.bulkhead.vcpus";
-/// Major numbers of character devices that mean the same in every kernel: memory, terminals, miscellaneous.
-const KNOWN_MAJORS: [i64; 4] = [1, 5, 10, 136];
-
 /// A bundle, read and understood.
 #[derive(Debug)]
 pub struct Bundle {
@@ -44,6 +48,12 @@ pub struct Bundle {
     pub network: Wanted,
     /// Name of the guest.
     pub hostname: String,
+    /// `linux.cgroupsPath`.
+    pub cgroups_path: String,
+    /// What `vm` asks for.
+    pub vm: Vm,
+    /// `linux.resources`, for the host's cgroup.
+    pub resources: Value,
     spec: Value,
     binds: Vec<usize>,
 }
@@ -99,18 +109,36 @@ impl Bundle {
         hooks.check()?;
         let annotations = serde_json::from_value(from(spec.get("annotations"), "annotations")?)
             .context(|| format!("{}: annotations", path.display()))?;
+        let vm = Vm::read(&spec).map_err(in_file)?;
         let network = take_namespaces(&mut spec).map_err(in_file)?;
-        check_devices(&spec).map_err(in_file)?;
+        take_devices(&mut spec, log).map_err(in_file)?;
         drop_labels(&mut spec, log);
+        keep_shared_memory_inside(&mut spec);
         let binds = find_binds(&spec).map_err(in_file)?;
         if let Some(fields) = spec.as_object_mut() {
             for host in ["hooks", "annotations", "vm", "solaris", "windows"] {
                 fields.remove(host);
             }
         }
+        let cgroups_path = text(&spec, "/linux/cgroupsPath").to_owned();
+        let resources = take_resources(&mut spec);
         let terminal = process.get("terminal").and_then(Value::as_bool).unwrap_or(false);
         let hostname = text(&spec, "/hostname").to_owned();
-        Ok(Self { dir, rootfs, hooks, annotations, process, terminal, network, hostname, spec, binds })
+        Ok(Self {
+            dir,
+            rootfs,
+            hooks,
+            annotations,
+            process,
+            terminal,
+            network,
+            hostname,
+            cgroups_path,
+            vm,
+            resources,
+            spec,
+            binds,
+        })
     }
 
     /// The machine that the container needs: its memory limit and CPUs, or what annotations say.
@@ -134,6 +162,13 @@ impl Bundle {
         let milli_cpus = limit("/linux/resources/cpu/quota")
             .and_then(|quota| u64::try_from(quota.saturating_mul(1000) / period).ok());
         let mut shape = Shape::new(memory, milli_cpus.map(|cpus| cpus.max(1)));
+        if let Some(bytes) = self.vm.memory {
+            shape.memory_mib = u32::try_from(bytes >> 20)
+                .map_err(|_| usage(format!("vm.hwConfig.memory: {bytes} bytes")))?;
+        }
+        if let Some(vcpus) = self.vm.vcpus {
+            shape.vcpus = u8::try_from(vcpus).map_err(|_| usage(format!("vm.hwConfig.vcpus: {vcpus}")))?;
+        }
         if let Some(mib) = number(MEMORY)? {
             shape.memory_mib =
                 u32::try_from(mib).map_err(|_| usage(format!("annotation {MEMORY}: {mib} MiB")))?;
@@ -153,6 +188,15 @@ impl Bundle {
         let file = fs::File::open(self.dir.join(text(file, "/source"))).ok()?;
         file.take(MAX_RESOLV_CONF).read_to_string(&mut lines).ok()?;
         names::server_in(&lines)
+    }
+
+    /// The host's files that the container has.
+    pub fn view(&self) -> View {
+        let bind = |&index: &usize| {
+            let mount = self.spec.pointer(&format!("/mounts/{index}"))?;
+            Some((self.dir.join(text(mount, "/source")), PathBuf::from(text(mount, "/destination"))))
+        };
+        View { rootfs: self.rootfs.clone(), binds: self.binds.iter().filter_map(bind).collect() }
     }
 
     /// Shares the root file system and all binds. Answers the guest's path of the root, and the spec for the agent.
@@ -224,71 +268,6 @@ fn text<'a>(value: &'a Value, pointer: &str) -> &'a str {
     value.pointer(pointer).and_then(Value::as_str).unwrap_or_default()
 }
 
-fn take_namespaces(spec: &mut Value) -> Result<Wanted, String> {
-    let mut network = Wanted::Existing(NamespaceRef::Pid(1));
-    let Some(list) = spec.pointer_mut("/linux/namespaces").and_then(Value::as_array_mut) else {
-        return Err(
-            "linux.namespaces has no network namespace: the host's network cannot be a guest's".into()
-        );
-    };
-    let mut kept = Vec::new();
-    for namespace in list.drain(..) {
-        let (kind, path) = (text(&namespace, "/type").to_owned(), text(&namespace, "/path").to_owned());
-        match (kind.as_str(), path.as_str()) {
-            ("network", "") => network = Wanted::New,
-            ("network", path) => network = Wanted::Existing(NamespaceRef::Path(path.into())),
-            (_, "") => kept.push(namespace),
-            (kind, path) => {
-                return Err(format!(
-                    "linux.namespaces: the {kind} namespace {path} cannot be joined, it belongs to another kernel \
-                     (containers of one pod in one microVM come with the containerd shim)"
-                ));
-            }
-        }
-    }
-    *list = kept;
-    if network == Wanted::Existing(NamespaceRef::Pid(1)) {
-        return Err(
-            "linux.namespaces has no network namespace: the host's network cannot be a guest's (podman, docker: use \
-             another --network than host)"
-                .into(),
-        );
-    }
-    Ok(network)
-}
-
-fn check_devices(spec: &Value) -> Result<(), String> {
-    let devices = spec.pointer("/linux/devices").and_then(Value::as_array).into_iter().flatten();
-    for device in devices {
-        let (kind, path) = (text(device, "/type"), text(device, "/path"));
-        let major = device.get("major").and_then(Value::as_i64).unwrap_or(-1);
-        if kind != "p" && !(matches!(kind, "c" | "u") && KNOWN_MAJORS.contains(&major)) {
-            return Err(format!(
-                "linux.devices: {path} is a device of the host's, which a guest does not have"
-            ));
-        }
-    }
-    Ok(())
-}
-
-/// Labels of security modules that the guest's kernel does not have; its own kernel is the stronger wall.
-fn drop_labels(spec: &mut Value, log: &Log) {
-    let mut remove = |pointer: &str, key: &str| {
-        let fields = spec.pointer_mut(pointer).and_then(Value::as_object_mut);
-        if let Some(label) = fields.and_then(|fields| fields.remove(key))
-            && label.as_str().is_some_and(|label| !label.is_empty())
-        {
-            log.debug(&format!(
-                "{key} {label} has no effect: the guest's kernel has no such security module"
-            ));
-        }
-    };
-    remove("/process", "apparmorProfile");
-    remove("/process", "selinuxLabel");
-    remove("/linux", "mountLabel");
-    remove("/linux", "cgroupsPath");
-}
-
 /// Which mounts are of the host's files.
 fn find_binds(spec: &Value) -> Result<Vec<usize>, String> {
     let mut binds = Vec::new();
@@ -344,6 +323,60 @@ mod tests {
         let shape = bundle.shape().unwrap();
         assert_eq!(shape.vcpus, 2);
         assert!(shape.memory_mib > 128);
+    }
+
+    #[test]
+    fn vm_is_honoured_or_refused() {
+        let with = |vm: &str| bundle(&GOOD.replace("\"annotations\":{\"a\":\"b\"}", &format!("\"vm\":{vm}")));
+        let good = r#"{"kernel":{"path":"/k","parameters":[]},"hwConfig":{"vcpus":3,"memory":1073741824}}"#;
+        let good = with(good).unwrap();
+        let shape = good.shape().unwrap();
+        assert_eq!(
+            (good.vm.kernel.as_deref(), shape.vcpus, shape.memory_mib),
+            (Some(Path::new("/k")), 3, 1024)
+        );
+        for (bad, word) in [
+            (r#"{"hypervisor":{"path":"/usr/bin/other"}}"#, "vm.hypervisor.path"),
+            (r#"{"kernel":{"path":"k"}}"#, "vm.kernel.path"),
+            (r#"{"hwConfig":{"vcpus":-1}}"#, "vm.hwConfig.vcpus"),
+            ("[]", "vm is no object"),
+        ] {
+            let error = with(bad).unwrap_err().chain();
+            assert!(error.contains(word), "{bad}: {error}");
+        }
+    }
+
+    #[test]
+    fn devices_of_the_host_are_for_the_privileged_to_do_without() {
+        let with = |rules: &str| {
+            let linux = r#""linux":{"devices":[{"path":"/dev/sda","type":"b","major":8,"minor":0},
+                {"path":"/dev/fuse","type":"c","major":10,"minor":229}],"#;
+            let config = GOOD.replace("\"linux\":{", linux);
+            bundle(&config.replace("\"resources\":{", &format!("\"resources\":{{\"devices\":{rules},")))
+        };
+        let error = with(r#"[{"allow":false,"access":"rwm"}]"#).unwrap_err().chain();
+        assert!(error.contains("/dev/sda"), "{error}");
+        assert!(with(r#"[{"allow":true,"type":"c","access":"rwm"}]"#).is_err());
+        let bundle = with(r#"[{"allow":true,"access":"rwm"}]"#).unwrap();
+        let devices = bundle.spec.pointer("/linux/devices").unwrap().as_array().unwrap();
+        assert_eq!(devices.len(), 1);
+        assert_eq!(text(&devices[0], "/path"), "/dev/fuse");
+    }
+
+    #[test]
+    fn shared_memory_of_an_engine_becomes_the_guests() {
+        let mount = |source: &str| {
+            let mounts = format!(
+                r#""mounts":[{{"destination":"/dev/shm","type":"bind","source":"{source}","options":["bind","ro"]}}]"#
+            );
+            bundle(&GOOD.replace("\"annotations\":{\"a\":\"b\"}", &mounts)).unwrap()
+        };
+        let shm = mount("/dev/shm");
+        assert!(shm.binds.is_empty());
+        assert_eq!(shm.spec.pointer("/mounts/0/type").unwrap(), "tmpfs");
+        let options = shm.spec.pointer("/mounts/0/options").unwrap().to_string();
+        assert!(options.contains("size=") && options.contains("\"ro\""), "{options}");
+        assert_eq!(mount("/etc").binds, [0]);
     }
 
     #[test]

@@ -1,16 +1,17 @@
-//! The container's process as the host sees it: it makes the microVM, relays the streams it was started with, and ends
-//! as the container's process ends. Its pid is the state's pid.
+//! The sandbox's process: it makes the microVM, relays the streams it was started with, and has the container's
+//! [stand-in](StandIn) end as the container's process ends.
 //!
 //! It is a fork of `create` and lives on its own after that: `start` and the other verbs reach it by a socket, or reach
 //! the agent in the guest directly.
 
+mod stand_in;
+mod talk;
+
 use std::fs::File;
-use std::io::{Read, Write};
 use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
 
 use bulkhead_protocol::agent::{
     ConfigureRequest, ContainerRequest, CreateContainerRequest, CreateContainerResponse, Empty, GuestInfo,
@@ -29,43 +30,14 @@ use bulkhead_runtime::terminal::Signals;
 use bulkhead_runtime::{Artefacts, Context, Error, Result, names, trace};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::thread::UnshareFlags;
-use serde::{Deserialize, Serialize};
 
+use self::stand_in::StandIn;
+pub use self::stand_in::View;
+pub use self::talk::{Ask, GoOn, Says, ask};
+use self::talk::{answer, next_call, socket};
 use crate::config::{Bundle, Wanted};
 use crate::store::{Container, Root, Status, start_of};
 use crate::{console, hooks};
-
-/// Said to `create`, over the socket pair of the fork.
-#[derive(Debug, Serialize, Deserialize)]
-pub enum Says {
-    /// The process and its network namespace are there: hooks of the runtime's namespaces may run.
-    Here(i32),
-    /// The container waits for `start`.
-    Created,
-    /// It could not be created.
-    Failed(String),
-}
-
-/// Said by `create`: its hooks have run.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct GoOn;
-
-/// Said over the sandbox's socket, one line of JSON each way.
-#[derive(Debug, Serialize, Deserialize)]
-pub enum Ask {
-    /// Let the process go.
-    Start,
-    /// Signal it.
-    Signal(u32),
-}
-
-/// The answer: empty when done, else why not.
-pub type Answer = String;
-
-/// Longest line over the socket, in bytes.
-const MAX_LINE: u64 = 64 << 10;
-/// How long a caller on the socket may take to say what it wants.
-const PATIENCE: Duration = Duration::from_secs(10);
 
 /// All that a sandbox needs.
 pub struct Plan {
@@ -85,34 +57,13 @@ pub struct Plan {
     pub caller: Wire,
 }
 
-/// The socket of a container's sandbox.
-pub fn socket(run: &Path) -> PathBuf {
-    run.join("oci")
-}
-
-/// Asks the sandbox for something and waits until it is done.
-///
-/// # Errors
-/// The sandbox is gone, or says no.
-pub fn ask(run: &Path, ask: &Ask) -> Result<()> {
-    let what = || "cannot reach the container's sandbox".to_owned();
-    let mut stream = UnixStream::connect(socket(run)).context(what)?;
-    let line = serde_json::to_string(ask).context(what)? + "\n";
-    stream.write_all(line.as_bytes()).context(what)?;
-    let mut answer = String::new();
-    stream.take(MAX_LINE).read_to_string(&mut answer).context(what)?;
-    match serde_json::from_str::<Answer>(&answer) {
-        Ok(answer) if answer.is_empty() => Ok(()),
-        Ok(answer) => Err(Error::Usage(answer)),
-        Err(_) => Err(Error::Usage("the container's sandbox ended before it answered".into())),
-    }
-}
-
 /// How the container's process ended.
 #[derive(Clone, Copy, Debug, Default)]
 struct End {
     code: u8,
     signal: i32,
+    /// By the guest's kernel, for want of memory.
+    oom: bool,
 }
 
 /// A microVM with the container in it, its process held.
@@ -125,6 +76,7 @@ struct Vm {
 
 struct Sandbox {
     plan: Plan,
+    stand_in: StandIn,
     guest: Guest,
     ends: Option<Ends>,
     /// Our end of the container's terminal.
@@ -143,37 +95,18 @@ pub fn run(plan: Plan) -> ! {
         if !created {
             let _ = caller.send(&Says::Failed(words));
         }
-        End { code: 255, signal: 0 }
+        End { code: 255, ..End::default() }
     });
-    if end.signal != 0 {
-        end_by(end.signal);
-    }
     // SAFETY: _exit has no preconditions; the caller's exit handlers are not ours.
     unsafe { libc::_exit(end.code.into()) }
-}
-
-/// Ends this process by a signal, so that its parent sees what the container's process ended by.
-fn end_by(signal: i32) {
-    let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: the arguments are integers and pointers to initialised values alive during the calls; a default action
-    // and an empty mask are always valid.
-    unsafe {
-        // No core file of this process is of use to anybody.
-        libc::setrlimit(libc::RLIMIT_CORE, &raw const none);
-        libc::signal(signal, libc::SIG_DFL);
-        let mut set: libc::sigset_t = std::mem::zeroed();
-        libc::sigemptyset(&raw mut set);
-        libc::sigaddset(&raw mut set, signal);
-        libc::sigprocmask(libc::SIG_UNBLOCK, &raw const set, std::ptr::null_mut());
-        libc::raise(signal);
-        libc::_exit(128 + signal)
-    }
 }
 
 fn live(plan: Plan, created: &mut bool) -> Result<End> {
     let mut sandbox = Sandbox::new(plan)?;
     let outcome = sandbox.live(created);
-    sandbox.put_away();
+    let end = outcome.as_ref().ok().copied().unwrap_or(End { code: 255, ..End::default() });
+    sandbox.put_away(end.oom);
+    sandbox.stand_in.end(end.code, end.signal);
     outcome
 }
 
@@ -186,9 +119,13 @@ impl Sandbox {
         let listener = UnixListener::bind(socket(&plan.files.run))
             .context(|| format!("cannot listen on {}", socket(&plan.files.run).display()))?;
         let container = &mut plan.container;
-        container.pid = std::process::id().cast_signed();
-        container.pid_start = start_of(container.pid).unwrap_or(0);
-        container.network = Some(match &plan.bundle.network {
+        if let Some(group) = &container.cgroup {
+            // Known before it is there, so that a failure on the way leaves nothing.
+            plan.root.save(container)?;
+            group.make()?;
+            group.limit(&plan.bundle.resources, container.machine_mib)?;
+        }
+        let network = match &plan.bundle.network {
             Wanted::Existing(namespace) => namespace.clone(),
             Wanted::New => {
                 // SAFETY: the process has one thread so far, which shares no file table with another.
@@ -196,10 +133,19 @@ impl Sandbox {
                     .context(|| "cannot make a network namespace".into())?;
                 NamespaceRef::Pid(std::process::id())
             }
-        });
+        };
+        let stand_in = StandIn::start(&network)?;
+        if let Some(group) = &container.cgroup {
+            group.add(stand_in.pid)?;
+        }
+        container.pid = stand_in.pid;
+        container.pid_start = start_of(container.pid).unwrap_or(0);
+        container.sandbox = std::process::id().cast_signed();
+        container.sandbox_start = start_of(container.sandbox).unwrap_or(0);
+        container.network = Some(network);
         plan.root.save(container)?;
         let guest = Guest::new(&plan.files.vsock());
-        Ok(Self { plan, guest, ends: Some(ends), terminal, vm: None, signals, listener })
+        Ok(Self { plan, stand_in, guest, ends: Some(ends), terminal, vm: None, signals, listener })
     }
 
     fn live(&mut self, created: &mut bool) -> Result<End> {
@@ -222,7 +168,7 @@ impl Sandbox {
         self.let_go_of_the_caller();
         match self.wait_for_start()? {
             Some(relay) => self.attend(relay),
-            None => Ok(End { code: 137, signal: libc::SIGKILL }),
+            None => Ok(End { code: 137, signal: libc::SIGKILL, oom: false }),
         }
     }
 
@@ -250,13 +196,17 @@ impl Sandbox {
         let Plan { files, bundle, container, artefacts, .. } = &self.plan;
         let mut shares = Shares::new(&files.run)?;
         let (root, spec) = bundle.share(&mut shares)?;
-        let links = match &container.network {
-            Some(namespace) => {
-                let attachment = network::attach(namespace, &tag(files))?;
-                Links { network: attachment.network, fds: attachment.taps }
-            }
-            None => Links::default(),
-        };
+        let mut links = Links::default();
+        if let Some(namespace) = &container.network {
+            let attachment = network::attach(namespace, &tag(files))?;
+            (links.network, links.fds) = (attachment.network, attachment.taps);
+        }
+        if let Some(group) = &container.cgroup {
+            // Engines forget to allow the devices that a machine is made of, and nothing in the group may open them then:
+            // /dev/net/tun has been opened above. If this one does not open, the monitor says why.
+            links.kvm = File::options().read(true).write(true).open("/dev/kvm").ok().map(OwnedFd::from);
+            group.add(container.sandbox)?;
+        }
         let name_server = container.network.as_ref().zip(bundle.name_server());
         if let Some((namespace, server)) = name_server {
             network::names::serve(namespace, server, &files.names())?;
@@ -267,7 +217,7 @@ impl Sandbox {
         trace::mark("virtiofsd spawned");
         let shape = bundle.shape()?;
         let mut monitor = Monitor::start(artefacts, files, &shape, Vec::new(), Some(&mut server), &links)?;
-        drop(links.fds);
+        (links.fds, links.kvm) = (Vec::new(), None);
         trace::mark("monitor spawned");
         hooks::run("createContainer", &container.hooks.create_container, &container.state(Status::Creating))?;
         let signals = &self.signals;
@@ -285,6 +235,7 @@ impl Sandbox {
         };
         let _: CreateContainerResponse = agent.call("CreateContainer", &request).map_err(refused)?;
         trace::mark("container created");
+        self.stand_in.enter(bundle.view());
         let streams = Streams::connect(&self.guest, &guest_id(&container.id), "", &stdio, bundle.terminal)?;
         self.vm = Some(Vm { monitor, _server: server, streams: Some(streams) });
         Ok(())
@@ -297,29 +248,36 @@ impl Sandbox {
     /// `None` when it was killed before.
     fn wait_for_start(&mut self) -> Result<Option<Relay>> {
         loop {
+            let sent;
             let lost = {
                 let nothing = &self.listener;
                 let monitor = self.vm.as_ref().map(|vm| &vm.monitor.pidfd);
                 let mut fds = [
                     PollFd::new(&self.listener, PollFlags::IN),
                     PollFd::new(&self.signals, PollFlags::IN),
+                    PollFd::new(&self.stand_in, PollFlags::IN),
                     match monitor {
                         Some(monitor) => PollFd::new(monitor, PollFlags::IN),
                         None => PollFd::new(nothing, PollFlags::empty()),
                     },
                 ];
                 wait(&mut fds)?;
-                !fds[2].revents().is_empty()
+                sent = !fds[2].revents().is_empty();
+                !fds[3].revents().is_empty()
             };
             if lost && let Some(vm) = &mut self.vm {
                 return Err(Error::Monitor(
                     vm.monitor.last_words("the microVM ended before the container was started"),
                 ));
             }
+            // `None` is its death.
+            if sent && self.stand_in.signal().is_none_or(is_fatal) {
+                return Ok(None);
+            }
             if std::iter::from_fn(|| self.signals.next()).any(is_fatal) {
                 return Ok(None);
             }
-            let Some((mut caller, asked)) = self.next_call() else { continue };
+            let Some((mut caller, asked)) = next_call(&self.listener) else { continue };
             match asked {
                 Ask::Signal(signal) => {
                     answer(&mut caller, "");
@@ -339,24 +297,6 @@ impl Sandbox {
                 },
             }
         }
-    }
-
-    fn next_call(&self) -> Option<(UnixStream, Ask)> {
-        let mut fds = [PollFd::new(&self.listener, PollFlags::IN)];
-        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
-        if !matches!(poll(&mut fds, Some(&now)), Ok(1)) {
-            return None;
-        }
-        let (stream, _) = self.listener.accept().ok()?;
-        stream.set_read_timeout(Some(PATIENCE)).ok()?;
-        let mut line = Vec::new();
-        // Byte by byte, but the lines are short.
-        while line.last() != Some(&b'\n') && line.len() < 4096 {
-            let mut byte = [0];
-            (&stream).read_exact(&mut byte).ok()?;
-            line.push(byte[0]);
-        }
-        serde_json::from_slice(&line).ok().map(|ask| (stream, ask))
     }
 
     fn start(&mut self) -> Result<Relay> {
@@ -385,16 +325,18 @@ impl Sandbox {
         let call =
             waiting.send("WaitProcess", &request).context(|| "cannot wait for the container".into())?;
         loop {
-            let Some(vm) = self.vm.as_mut() else { return Ok(End { code: 255, signal: 0 }) };
-            let (ended, lost) = {
+            let Some(vm) = self.vm.as_mut() else { return Ok(End { code: 255, ..End::default() }) };
+            let (ended, lost, sent) = {
                 let mut fds = [
                     PollFd::new(waiting.stream(), PollFlags::IN),
                     PollFd::new(&vm.monitor.pidfd, PollFlags::IN),
                     PollFd::new(&self.signals, PollFlags::IN),
                     PollFd::new(&self.listener, PollFlags::IN),
+                    PollFd::new(&self.stand_in, PollFlags::IN),
                 ];
                 wait(&mut fds)?;
-                (!fds[0].revents().is_empty(), !fds[1].revents().is_empty())
+                let ready = |index: usize| fds.get(index).is_some_and(|fd| !fd.revents().is_empty());
+                (ready(0), ready(1), ready(4))
             };
             if ended {
                 match waiting.receive::<WaitProcessResponse>("WaitProcess", call) {
@@ -403,6 +345,7 @@ impl Sandbox {
                         return Ok(End {
                             code: u8::try_from(end.exit_code).unwrap_or(255),
                             signal: i32::try_from(end.signal).unwrap_or(0),
+                            oom: end.oom_killed,
                         });
                     }
                     Err(CallError::Io { .. }) => {}
@@ -412,12 +355,19 @@ impl Sandbox {
             if ended || lost {
                 let words = vm.monitor.last_words("the microVM ended under the container");
                 let _ = std::fs::write(self.plan.files.dir.join("lost"), &words);
-                return Ok(End { code: 137, signal: libc::SIGKILL });
+                return Ok(End { code: 137, signal: libc::SIGKILL, oom: false });
+            }
+            if sent {
+                // Who kills the stand-in means the container.
+                let Some(signal) = self.stand_in.signal() else {
+                    return Ok(End { code: 137, signal: libc::SIGKILL, oom: false });
+                };
+                self.pass_on(signal);
             }
             while let Some(signal) = self.signals.next() {
                 self.pass_on(signal);
             }
-            if let Some((mut caller, asked)) = self.next_call() {
+            if let Some((mut caller, asked)) = next_call(&self.listener) {
                 match asked {
                     Ask::Start => answer(&mut caller, "cannot start a container that is running"),
                     Ask::Signal(signal) => {
@@ -448,8 +398,8 @@ impl Sandbox {
         let _: Result<Empty, _> = agent.call("ResizeTerminal", &request);
     }
 
-    /// Ends the microVM, its writes on the host's disk, and leaves the network as it was.
-    fn put_away(&mut self) {
+    /// Ends the microVM, its writes on the host's disk, and leaves the network as it was. `oom`: that is what it ended of.
+    fn put_away(&mut self, oom: bool) {
         if let Some(mut vm) = self.vm.take() {
             if let Ok(mut agent) = self.guest.agent() {
                 // Pages that were written through shared mappings are still in the guest's memory.
@@ -460,6 +410,9 @@ impl Sandbox {
         }
         if let Some(namespace) = &self.plan.container.network {
             let _ = network::detach(namespace, &tag(&self.plan.files));
+        }
+        if let (true, Some(group)) = (oom, &self.plan.container.cgroup) {
+            group.report_oom();
         }
         let _ = self.set_status(Status::Stopped);
         trace::mark("microVM ended");
@@ -533,12 +486,6 @@ fn is_fatal(signal: u32) -> bool {
     [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT]
         .iter()
         .any(|&known| known.unsigned_abs() == signal)
-}
-
-fn answer(caller: &mut UnixStream, text: &str) {
-    let line = serde_json::to_string(text).unwrap_or_default() + "\n";
-    // Who does not wait for the answer does not need it.
-    let _ = caller.write_all(line.as_bytes());
 }
 
 fn wait(fds: &mut [PollFd<'_>]) -> Result<()> {
