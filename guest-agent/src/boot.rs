@@ -138,15 +138,23 @@ fn vsock_listen(port: u32) -> Result<OwnedFd> {
     Ok(socket)
 }
 
+/// Connects to what listens on the host.
+///
+/// # Errors
+/// Nothing does.
+pub fn connect_to_host(port: u32) -> std::io::Result<OwnedFd> {
+    let socket = vsock_socket(0).map_err(std::io::Error::other)?;
+    let address = vsock_address(HOST_CID, port);
+    // SAFETY: `address` is a valid sockaddr_vm of the length given and outlives the call.
+    check(unsafe {
+        libc::connect(socket.as_fd().as_raw_fd(), (&raw const address).cast(), size_of_val(&address) as u32)
+    })?;
+    Ok(socket)
+}
+
 /// Connects to the host once. That nobody listens there is the host's business.
 fn announce() -> Result<()> {
-    let socket = vsock_socket(0)?;
-    let address = vsock_address(HOST_CID, AGENT_PORT);
-    // SAFETY: `address` is a valid sockaddr_vm of the length given and outlives the call.
-    let result = unsafe {
-        libc::connect(socket.as_fd().as_raw_fd(), (&raw const address).cast(), size_of_val(&address) as u32)
-    };
-    if let Err(error) = check(result) {
+    if let Err(error) = connect_to_host(AGENT_PORT) {
         let refused = [libc::ECONNRESET, libc::ECONNREFUSED];
         if !error.raw_os_error().is_some_and(|errno| refused.contains(&errno)) {
             return Err(error).context(|| "tell the host that the agent is ready");

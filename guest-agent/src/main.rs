@@ -1,15 +1,17 @@
 //! PID 1 of the guest: runs OCI containers, talks ttrpc over vsock.
 //!
 //! One process, one thread, one epoll loop ([`agent::Agent`]); a container or an exec is a forked child that sets
-//! itself up ([`container::child`]) and reports over a socket pair. Being alone in the guest's kernel, the agent has
+//! itself up ([`container::child`]) and reports over a socket pair; [`names`] is started as a program of its own. Being alone in the guest's kernel, the agent has
 //! nothing to defend against the network: whatever reaches it came through the monitor's vsock.
 
 mod agent;
 mod archive;
 mod boot;
+mod bpf;
 mod container;
 mod error;
 mod hw;
+mod names;
 mod network;
 mod reaper;
 mod rpc;
@@ -21,6 +23,9 @@ use bulkhead_protocol::mark;
 const EXIT_SOFTWARE: u8 = 70;
 
 fn main() {
+    if std::env::args_os().nth(1).is_some_and(|word| word == names::WORD) {
+        return names::serve();
+    }
     hw::acquire();
     hw::mark(mark::AGENT_STARTED);
     boot::end_machine_on_panic();

@@ -450,7 +450,7 @@ fn bad_requests_harm_nobody() {
             hostname: "guest".into(),
             entropy: vec![7; 64],
             realtime_ns: 1_800_000_000_000_000_000,
-            shares: vec![],
+            ..ConfigureRequest::default()
         },
     )
     .unwrap();

@@ -5,8 +5,10 @@
 //! | 1024 on the host | runtime | the agent connects once when it is ready, and closes |
 //! | 1024 in the guest | agent | ttrpc, service `bulkhead.agent.v1.Agent` |
 //! | 1025 in the guest | agent | streams: [`agent::StreamHello`], [`agent::StreamReply`], then raw bytes |
+//! | 1026 on the host | runtime | one question to a name server and its answer: [`names`] |
 
 pub mod client;
+pub mod names;
 pub mod stream;
 pub mod wire;
 
@@ -26,6 +28,8 @@ pub const AGENT_SERVICE: &str = "bulkhead.agent.v1.Agent";
 pub const AGENT_PORT: u32 = 1024;
 /// vsock port of the agent's stream service in the guest.
 pub const STREAM_PORT: u32 = 1025;
+/// vsock port on the host of the way to a name server that only the container's network namespace can reach.
+pub const NAMES_PORT: u32 = 1026;
 /// I/O port of the monitor's timeline device: the guest writes one byte, a [`mark`], the monitor notes the time.
 pub const MARK_IO_PORT: u16 = 0xb40;
 /// I/O port of the monitor's exit device: the guest writes 32 bits, the monitor ends at once with that status.

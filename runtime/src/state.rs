@@ -160,6 +160,11 @@ impl Files {
     pub fn ready(&self) -> PathBuf {
         self.run.join(format!("vsock_{}", bulkhead_protocol::AGENT_PORT))
     }
+    /// Where the guest has questions for a name server asked.
+    #[must_use]
+    pub fn names(&self) -> PathBuf {
+        self.run.join(format!("vsock_{}", bulkhead_protocol::NAMES_PORT))
+    }
     /// The monitor's control socket.
     #[must_use]
     pub fn control(&self) -> PathBuf {

@@ -248,6 +248,7 @@ impl Supervisor {
             realtime_ns: i64::try_from(now_ns()).unwrap_or(0),
             shares: self.server.iter().map(|_| shares::TAG.to_owned()).collect(),
             network: self.plan.record.options.network.is_some().then(|| self.network.to_message()),
+            name_server: Vec::new(),
         };
         let info: GuestInfo =
             agent.call("Configure", &request).context(|| "cannot set the guest up".into())?;

@@ -2,7 +2,10 @@
 
 mod archives;
 mod bad_input;
+mod containerd;
 mod containers;
+mod daemons;
+mod docker;
 mod engines;
 mod figures;
 mod flags;

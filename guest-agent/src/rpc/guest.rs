@@ -15,7 +15,7 @@ use crate::agent::Agent;
 use crate::container::cgroup::Machine;
 use crate::error::{Context, Error, Result, check};
 use crate::hw;
-use crate::network;
+use crate::{names, network};
 
 /// More entropy than this is of no use.
 const MAX_ENTROPY: usize = 1024;
@@ -55,6 +55,9 @@ pub fn configure(request: &ConfigureRequest) -> Result<GuestInfo> {
     request.shares.iter().try_for_each(|tag| mount_share(tag))?;
     if let Some(network) = &request.network {
         network::configure(network)?;
+    }
+    if !request.name_server.is_empty() {
+        names::start(&request.name_server)?;
     }
     let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get() as u32);
     Ok(GuestInfo {

@@ -5,10 +5,12 @@ mod vm;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::Read;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
 use bulkhead_runtime::monitor::Shape;
-use bulkhead_runtime::network::NamespaceRef;
+use bulkhead_runtime::network::{NamespaceRef, names};
 use bulkhead_runtime::shares::{Access, Shares};
 use bulkhead_runtime::{Context, Error, Result};
 use serde_json::{Value, json};
@@ -22,6 +24,8 @@ use crate::store::Hooks;
 
 /// Engines write some ten KiB.
 const MAX_BYTES: u64 = 8 << 20;
+/// Of this much the servers are read.
+const MAX_RESOLV_CONF: u64 = 64 << 10;
 /// What `dev.bulkhead.` annotations can say.
 const MEMORY: &str = "dev.bulkhead.memory";
 const VCPUS: &str = "dev.bulkhead.vcpus";
@@ -173,6 +177,17 @@ impl Bundle {
             shape.vcpus = u8::try_from(vcpus).map_err(|_| usage(format!("annotation {VCPUS}: {vcpus}")))?;
         }
         Ok(shape)
+    }
+
+    /// The name server of dockerd's that the container is to ask, if it is.
+    pub fn name_server(&self) -> Option<Ipv4Addr> {
+        let mounts = self.binds.iter().filter_map(|index| self.spec.pointer(&format!("/mounts/{index}")));
+        let file = mounts.filter(|mount| text(mount, "/destination") == "/etc/resolv.conf").next_back()?;
+        // One that is missing is told of when it is shared.
+        let mut lines = String::new();
+        let file = fs::File::open(self.dir.join(text(file, "/source"))).ok()?;
+        file.take(MAX_RESOLV_CONF).read_to_string(&mut lines).ok()?;
+        names::server_in(&lines)
     }
 
     /// The host's files that the container has.

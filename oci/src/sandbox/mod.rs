@@ -8,6 +8,7 @@ mod stand_in;
 mod talk;
 
 use std::fs::File;
+use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
@@ -206,6 +207,10 @@ impl Sandbox {
             links.kvm = File::options().read(true).write(true).open("/dev/kvm").ok().map(OwnedFd::from);
             group.add(container.sandbox)?;
         }
+        let name_server = container.network.as_ref().zip(bundle.name_server());
+        if let Some((namespace, server)) = name_server {
+            network::names::serve(namespace, server, &files.names())?;
+        }
         let path = files.shares_log();
         let log = File::create(&path).context(|| format!("cannot create {}", path.display()))?;
         let mut server = shares.start(Lifetime::Parent, &log)?;
@@ -219,7 +224,7 @@ impl Sandbox {
         monitor.wait_ready(signals, || std::iter::from_fn(|| signals.next()).any(is_fatal))?;
         trace::mark("agent up");
         let mut agent = self.guest.agent()?;
-        configure(&mut agent, bundle, &links.network)?;
+        configure(&mut agent, bundle, &links.network, name_server.map(|(_, server)| server))?;
         let stdio = self.stdio();
         let request = CreateContainerRequest {
             id: guest_id(&container.id),
@@ -450,7 +455,12 @@ fn ends(plan: &Plan) -> Result<(Ends, Option<OwnedFd>)> {
     Ok((ends, Some(slave)))
 }
 
-fn configure(agent: &mut Agent, bundle: &Bundle, network: &Network) -> Result<()> {
+fn configure(
+    agent: &mut Agent,
+    bundle: &Bundle,
+    network: &Network,
+    name_server: Option<Ipv4Addr>,
+) -> Result<()> {
     let mut entropy = vec![0; 32];
     names::random(&mut entropy)?;
     let request = ConfigureRequest {
@@ -459,6 +469,7 @@ fn configure(agent: &mut Agent, bundle: &Bundle, network: &Network) -> Result<()
         realtime_ns: i64::try_from(now_ns()).unwrap_or(0),
         shares: vec![shares::TAG.to_owned()],
         network: Some(network.to_message()),
+        name_server: name_server.map_or_else(Vec::new, |server| server.octets().to_vec()),
     };
     let info: GuestInfo = agent.call("Configure", &request).context(|| "cannot set the guest up".into())?;
     if info.protocol == bulkhead_protocol::PROTOCOL_VERSION {

@@ -87,7 +87,8 @@ fn table<const N: usize>(rows: &[[String; N]]) -> String {
     rows.iter().map(line).collect::<Vec<_>>().join("\n")
 }
 
-/// Prints the processes of a container: pids of the guest, as nothing of them exists on the host.
+/// Prints the processes of a container: pids of the guest, as nothing of them exists on the host. As JSON, which engines
+/// read and look up in the host's list of processes (`docker top`), it is the one of the host's that stands for them all.
 ///
 /// # Errors
 /// It does not run.
@@ -98,14 +99,13 @@ pub fn ps(context: &Context, wish: &Ps) -> Result<()> {
         &[Status::Running, Status::Paused, Status::Created],
         "list the processes of",
     )?;
+    if wish.format == Format::Json {
+        return print(&json!([container.pid]).to_string());
+    }
     let request = ContainerRequest { container: guest_id(&wish.id) };
     let listed: ListProcessesResponse = agent(&container)?
         .call("ListProcesses", &request)
         .context(|| format!("cannot list the processes of {}", wish.id))?;
-    if wish.format == Format::Json {
-        let pids: Vec<_> = listed.processes.iter().map(|process| process.container_pid).collect();
-        return print(&json!(pids).to_string());
-    }
     let mut rows = vec![["UID", "PID", "PPID", "RSS", "CMD"].map(str::to_owned)];
     for process in &listed.processes {
         // Another kernel's words: nothing in them may act on a terminal.

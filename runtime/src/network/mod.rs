@@ -9,6 +9,7 @@
 //! is killed: the next [`attach`] to that namespace removes it.
 
 mod describe;
+pub mod names;
 mod namespace;
 mod passt;
 mod resolver;

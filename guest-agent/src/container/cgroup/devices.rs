@@ -1,25 +1,16 @@
 //! `linux.resources.devices`: a small BPF program that the kernel asks at every open and mknod.
 
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 
+use crate::bpf::{self, Instruction, op};
 use crate::container::spec::DeviceRule;
-use crate::error::{Context, Error, Result, check};
+use crate::error::{Context, Error, Result};
 
 const MKNOD: i32 = 1;
 const READ: i32 = 2;
 const WRITE: i32 = 4;
 const BLOCK: i32 = 1;
 const CHARACTER: i32 = 2;
-
-/// One `struct bpf_insn`.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Instruction {
-    code: u8,
-    registers: u8,
-    offset: i16,
-    immediate: i32,
-}
 
 const LOAD_WORD: u8 = 0x61;
 const AND: u8 = 0x54;
@@ -39,10 +30,6 @@ const TYPE: u8 = 2;
 const ACCESS: u8 = 3;
 const MAJOR: u8 = 4;
 const MINOR: u8 = 5;
-
-fn op(code: u8, to: u8, from: u8, offset: i16, immediate: i32) -> Instruction {
-    Instruction { code, registers: to | from << 4, offset, immediate }
-}
 
 /// A rule in the kernel's numbers; `None` is any.
 struct Rule {
@@ -168,58 +155,10 @@ fn program(rules: &[DeviceRule]) -> Result<Vec<Instruction>> {
 /// # Errors
 /// A rule that makes no sense; a kernel without CONFIG_CGROUP_BPF.
 pub fn restrict(cgroup: BorrowedFd<'_>, rules: &[DeviceRule]) -> Result<()> {
-    let program = load(&program(rules)?).context(|| "load the program for resources.devices")?;
-    attach(cgroup, &program).context(|| "attach the program for resources.devices (CONFIG_CGROUP_BPF)")
-}
-
-/// The heads of `union bpf_attr` for the two commands; the kernel takes shorter ones than it knows.
-#[repr(C)]
-struct LoadAttributes {
-    program_type: u32,
-    count: u32,
-    instructions: u64,
-    license: u64,
-}
-
-#[repr(C)]
-struct AttachAttributes {
-    target: u32,
-    program: u32,
-    attach_type: u32,
-    flags: u32,
-}
-
-fn load(program: &[Instruction]) -> std::io::Result<OwnedFd> {
-    const COMMAND: i32 = 5;
-    const TYPE_CGROUP_DEVICE: u32 = 15;
-    let attributes = LoadAttributes {
-        program_type: TYPE_CGROUP_DEVICE,
-        count: program.len() as u32,
-        instructions: program.as_ptr() as u64,
-        license: c"Apache-2.0".as_ptr() as u64,
-    };
-    // SAFETY: the attributes point to `count` instructions and a C string, all alive during the call and only read.
-    let fd = check(unsafe {
-        libc::syscall(libc::SYS_bpf, COMMAND, &raw const attributes, size_of_val(&attributes))
-    })?;
-    // SAFETY: a descriptor the kernel has just made and nobody else knows.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
-}
-
-fn attach(cgroup: BorrowedFd<'_>, program: &OwnedFd) -> std::io::Result<()> {
-    const COMMAND: i32 = 8;
-    const CGROUP_DEVICE: u32 = 6;
-    // `BPF_F_ALLOW_MULTI`: the container may restrict groups of its own further.
-    const ALLOW_MULTI: u32 = 2;
-    let attributes = AttachAttributes {
-        target: cgroup.as_raw_fd() as u32,
-        program: program.as_raw_fd() as u32,
-        attach_type: CGROUP_DEVICE,
-        flags: ALLOW_MULTI,
-    };
-    // SAFETY: the attributes are plain integers, alive during the call.
-    check(unsafe { libc::syscall(libc::SYS_bpf, COMMAND, &raw const attributes, size_of_val(&attributes)) })?;
-    Ok(())
+    let program = bpf::load(bpf::CGROUP_DEVICE, &program(rules)?)
+        .context(|| "load the program for resources.devices")?;
+    bpf::attach(cgroup, &program, bpf::CGROUP_DEVICE)
+        .context(|| "attach the program for resources.devices (CONFIG_CGROUP_BPF)")
 }
 
 #[cfg(test)]

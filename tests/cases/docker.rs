@@ -1,0 +1,220 @@
+//! `bulkhead-oci` as a runtime of dockerd, and beside runc: the same steps with the same daemon.
+
+use std::fs;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use bulkhead_tests::host::Host;
+use bulkhead_tests::process::{Finished, Program};
+use bulkhead_tests::registry::Needs;
+use bulkhead_tests::test;
+
+use crate::daemons::{Daemon, Step, lives, side_by_side};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// docker's command line, with a runtime.
+struct Docker<'a> {
+    host: &'a Host,
+    runtime: &'static str,
+}
+
+impl Docker<'_> {
+    fn program(host: &Host, words: &[&str]) -> Program {
+        let socket = format!("unix://{}/docker.sock", host.work().display());
+        Program::new(["docker", "-H", &socket]).args(words.iter().copied())
+    }
+
+    fn call(&self, words: &[&str]) -> Result<Finished> {
+        Self::program(self.host, words).run()
+    }
+
+    /// `docker run FLAGS busybox sh -c SCRIPT`.
+    fn run(&self, flags: &[&str], script: &str) -> Result<Finished> {
+        self.image(flags, &["busybox", "sh", "-c", script])
+    }
+
+    fn image(&self, flags: &[&str], command: &[&str]) -> Result<Finished> {
+        self.call(&[&["run", "--runtime", self.runtime], flags, command].concat())
+    }
+
+    fn inspect(&self, container: &str, format: &str) -> Result<String> {
+        Ok(self.call(&["inspect", "-f", format, container])?.ok()?.stdout().trim_end().to_owned())
+    }
+
+    fn is(&self, container: &str, format: &str, expected: &str) -> Result<()> {
+        let found = self.inspect(container, format)?;
+        ensure!(found == expected, "{format} of {container} is {found:?}, not {expected:?}");
+        Ok(())
+    }
+
+    fn all(&self, calls: &[&[&str]]) -> Result<()> {
+        calls.iter().try_for_each(|words| self.call(words)?.ok().map(drop))
+    }
+}
+
+fn returns(docker: &Docker<'_>) -> Result<()> {
+    docker.image(&["--rm"], &["busybox", "true"])?.ok().map(drop)
+}
+
+fn status_and_streams(docker: &Docker<'_>) -> Result<()> {
+    let script = "cat; echo out; echo err >&2; exit 42";
+    let mut run = Docker::program(docker.host, &["run", "--runtime", docker.runtime, "--rm", "-i"])
+        .args(["busybox", "sh", "-c", script])
+        .open_stdin()
+        .spawn()?;
+    run.send("in\n")?;
+    run.close_stdin();
+    run.wait()?.status_is(42)?.stdout_is("in\nout\n")?.stderr_is("err\n")?;
+    Ok(())
+}
+
+fn no_such_program(docker: &Docker<'_>) -> Result<()> {
+    docker.image(&["--rm"], &["busybox", "nosuch"])?.status_is(127)?.stderr_has("not found")?;
+    docker.image(&["--rm"], &["busybox", "/etc/passwd"])?.status_is(126)?.stderr_has("permission denied")?;
+    docker.call(&["ps", "-aq"])?.ok()?.stdout_is("")?;
+    Ok(())
+}
+
+/// The container of the steps that follow, `life`: as docker-compose has it, on a network of its own, with a port to the
+/// outside, a volume and a directory.
+fn in_the_background(docker: &Docker<'_>) -> Result<()> {
+    let dir = docker.host.work().join("dir");
+    fs::create_dir_all(&dir)?;
+    fs::write(dir.join("given"), "given\n")?;
+    let bind = format!("{}:/dir", dir.display());
+    docker.all(&[&["network", "create", "net"]])?;
+    let flags =
+        ["-d", "--name", "life", "--network", "net", "-p", "8080:80", "-v", "volume:/data", "-v", &bind];
+    let script =
+        "mkdir -p /www; echo served >/www/f; httpd -p 80 -h /www; echo kept >/data/f; cp /dir/given /dir/new
+                  trap 'exit 3' TERM; echo up; echo err >&2; while :; do sleep 0.1; done";
+    docker.run(&flags, script)?.ok()?;
+    docker.host.eventually("its log", PATIENCE, || {
+        let log = docker.call(&["logs", "life"])?.ok()?;
+        Ok(log.stdout() == "up\n" && log.stderr() == "err\n")
+    })?;
+    docker.is("life", "{{.State.Status}} {{.State.ExitCode}}", "running 0")?;
+    let pid = docker.inspect("life", "{{.State.Pid}}")?;
+    ensure!(lives(&pid), "State.Pid is {pid:?}, which is no process");
+    // The host's process of that number, whatever it is called.
+    docker.call(&["top", "life", "-o", "pid"])?.ok()?.stdout_has(&pid)?;
+    Ok(())
+}
+
+fn more_processes(docker: &Docker<'_>) -> Result<()> {
+    docker
+        .call(&["exec", "life", "sh", "-c", "echo in; echo err >&2; exit 9"])?
+        .status_is(9)?
+        .stdout_is("in\n")?;
+    let ask = "echo $A $PWD $(id -u) $(id -g)";
+    let words = ["exec", "-u", "7:8", "-w", "/bin", "-e", "A=b", "life", "sh", "-c", ask];
+    docker.call(&words)?.ok()?.stdout_is("b /bin 7 8\n")?;
+    docker.call(&["exec", "-t", "life", "tty"])?.ok()?.stdout_is("/dev/pts/0\r\n")?;
+    Ok(())
+}
+
+fn suspended(docker: &Docker<'_>) -> Result<()> {
+    docker.all(&[&["pause", "life"]])?;
+    docker.is("life", "{{.State.Status}}", "paused")?;
+    docker.all(&[&["unpause", "life"]])?;
+    docker.is("life", "{{.State.Status}}", "running")
+}
+
+fn files_in_and_out(docker: &Docker<'_>) -> Result<()> {
+    let given = docker.host.file("given", "given\n")?.display().to_string();
+    let taken = docker.host.work().join("taken");
+    docker.all(&[
+        &["cp", &given, "life:/tmp/given"],
+        &["exec", "life", "sh", "-c", "cat /tmp/given /tmp/given >/tmp/twice"],
+        &["cp", "life:/tmp/twice", &taken.display().to_string()],
+    ])?;
+    ensure!(fs::read_to_string(taken)? == "given\ngiven\n");
+    docker.all(&[&["commit", "life", "committed"]])?;
+    docker.image(&["--rm"], &["committed", "cat", "/tmp/twice"])?.ok()?.stdout_is("given\ngiven\n")?;
+    docker.all(&[&["rmi", "committed"]])
+}
+
+fn its_end(docker: &Docker<'_>) -> Result<()> {
+    docker.all(&[&["stop", "life"]])?;
+    docker.is("life", "{{.State.Status}} {{.State.Pid}} {{.State.ExitCode}}", "exited 0 3")?;
+    docker.all(&[&["start", "life"]])?;
+    docker.is("life", "{{.State.Status}}", "running")?;
+    docker.all(&[&["kill", "life"]])?;
+    docker.call(&["wait", "life"])?.ok()?.stdout_is("137\n")?;
+    docker.all(&[&["rm", "life"], &["network", "rm", "net"], &["volume", "rm", "volume"]])
+}
+
+fn started_again(docker: &Docker<'_>) -> Result<()> {
+    docker.run(&["-d", "--name", "again", "--restart", "on-failure:2"], "echo go; exit 3")?.ok()?;
+    docker.host.eventually("its last end", PATIENCE, || {
+        Ok(docker.inspect("again", "{{.State.Status}} {{.RestartCount}} {{.State.ExitCode}}")?
+            == "exited 2 3")
+    })?;
+    docker.call(&["logs", "again"])?.ok()?.stdout_is("go\ngo\ngo\n")?;
+    docker.all(&[&["rm", "again"]])
+}
+
+fn limits(docker: &Docker<'_>) -> Result<()> {
+    let flags =
+        ["--rm", "--read-only", "--user", "1000:1001", "-m", "64m", "--cpus", "0.5", "--pids-limit", "50"];
+    let more = ["--tmpfs", "/t", "--ulimit", "nofile=99", "--hostname", "box", "--cap-drop", "all"];
+    let script = "cd /sys/fs/cgroup; echo $(id -u) $(id -g) $(ulimit -n) $(hostname); cat memory.max cpu.max pids.max;
+                  touch /x 2>/dev/null || echo refused; touch /t/f && echo written; grep CapBnd /proc/self/status";
+    docker.run(&[&flags[..], &more[..]].concat(), script)?.ok()?.stdout_is(
+        "1000 1001 99 box\n67108864\n50000 100000\n50\nrefused\nwritten\nCapBnd:\t0000000000000000\n",
+    )?;
+    Ok(())
+}
+
+fn network_and_volumes(docker: &Docker<'_>) -> Result<()> {
+    let dir = docker.host.work().join("dir");
+    ensure!(fs::read_to_string(dir.join("new"))? == "given\n");
+    fs::remove_dir_all(dir)?;
+    docker.host.run(["wget", "-q", "-O", "-", "http://127.0.0.1:8080/f"])?.ok()?.stdout_is("served\n")?;
+    // This busybox asks name servers in `nslookup` alone.
+    let script = "cat /data/f; touch /data/g 2>/dev/null || echo refused
+                  wget -q -O - http://$(nslookup life | sed -n 's/^Address: //p')/f";
+    let flags = ["--rm", "--network", "net", "-v", "volume:/data:ro"];
+    docker.run(&flags, script)?.ok()?.stdout_is("kept\nrefused\nserved\n")?;
+    Ok(())
+}
+
+fn steps<'a>() -> [Step<Docker<'a>>; 11] {
+    [
+        ("run -i: status, streams", status_and_streams),
+        ("`run --rm busybox true`", returns),
+        ("run of what is missing (127) or no program (126)", no_such_program),
+        ("run -d --network -p -v, logs, inspect, top", in_the_background),
+        ("the port, a name on the network, the volume, the directory", network_and_volumes),
+        ("exec -u -w -e -t", more_processes),
+        ("pause, unpause", suspended),
+        ("cp both ways, commit", files_in_and_out),
+        ("stop, start, kill, wait, rm", its_end),
+        ("--restart on-failure:2", started_again),
+        ("--read-only --user -m --cpus --pids-limit --tmpfs --ulimit --hostname --cap-drop", limits),
+    ]
+}
+
+test!(the_same_as_with_runc, Needs::engines().deadline(300).shows_output());
+fn the_same_as_with_runc(host: &Host) -> Result<()> {
+    let work = host.work().display();
+    let settings = r#"{"runtimes": {"bulkhead": {"path": "/usr/local/bin/bulkhead-oci"}}}"#;
+    let settings = host.file("daemon.json", settings)?;
+    let command = format!(
+        "dockerd -H unix://{work}/docker.sock --config-file {} --exec-opt native.cgroupdriver=cgroupfs -s overlay2 \
+         --data-root {work}/data --exec-root {work}/exec --pidfile {work}/pid",
+        settings.display()
+    );
+    let daemon = Daemon::start(host, &command, || Docker::program(host, &["version"]))?;
+    let image = host.image("busybox-docker").display().to_string();
+    Docker::program(host, &["load", "-q", "-i", &image]).run()?.ok()?;
+    let engines = ["runc", "bulkhead"].map(|runtime| (runtime, Docker { host, runtime }));
+    let done = side_by_side(&engines, &steps());
+    daemon.end(&["/run/containerd", "/run/docker"])?;
+    // What dockerd keeps for its next start.
+    Command::new("ip").args(["link", "delete", "docker0"]).status()?;
+    let _ = fs::remove_dir("/sys/fs/cgroup/docker");
+    done
+}
