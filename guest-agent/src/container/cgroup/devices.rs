@@ -255,7 +255,7 @@ mod tests {
             std::slice::from_ref(&fuse),
             &[DeviceRule { access: "w".into(), ..fuse.clone() }, deny],
         ] {
-            match load(&program(rules).unwrap()) {
+            match bpf::load(bpf::CGROUP_DEVICE, &program(rules).unwrap()) {
                 Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => return,
                 result => drop(result.unwrap()),
             }
