@@ -181,8 +181,8 @@ impl Bundle {
 
     /// The name server of dockerd's that the container is to ask, if it is.
     pub fn name_server(&self) -> Option<Ipv4Addr> {
-        let mounts = self.binds.iter().filter_map(|index| self.spec.pointer(&format!("/mounts/{index}")));
-        let file = mounts.filter(|mount| text(mount, "/destination") == "/etc/resolv.conf").next_back()?;
+        let mut mounts = self.binds.iter().filter_map(|index| self.spec.pointer(&format!("/mounts/{index}")));
+        let file = mounts.rfind(|mount| text(mount, "/destination") == "/etc/resolv.conf")?;
         // One that is missing is told of when it is shared.
         let mut lines = String::new();
         let file = fs::File::open(self.dir.join(text(file, "/source"))).ok()?;
