@@ -277,7 +277,7 @@ mod tests {
         let missing = attach(&NamespaceRef::Path("/run/netns/no-such".into()), "0").unwrap_err();
         assert!(missing.chain().contains("/run/netns/no-such"), "{}", missing.chain());
         let own = attach(&NamespaceRef::Pid(std::process::id()), "0").unwrap_err();
-        assert!(own.chain().contains("own"), "{}", own.chain());
+        assert!(own.chain().contains("host's"), "{}", own.chain());
         let file = attach(&NamespaceRef::Path("/etc/passwd".into()), "0").unwrap_err();
         assert!(file.chain().contains("not a network namespace"), "{}", file.chain());
         assert!(detach(&NamespaceRef::Path("/run/netns/no-such".into()), "0").is_ok());
