@@ -1,12 +1,14 @@
 //! The terminal of a container: a pair on the host whose master the engine gets, and whose slave is one end of the
 //! relay to the terminal in the guest. That one does the line discipline; this one is raw.
 
+use std::fs::File;
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
+use bulkhead_runtime::relay::Ends;
 use bulkhead_runtime::{Context, Result};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
@@ -45,6 +47,38 @@ pub fn send(socket: &Path, name: &str, fd: &OwnedFd) -> Result<()> {
     ancillary.push(SendAncillaryMessage::ScmRights(&fds));
     sendmsg(&stream, &[IoSlice::new(name.as_bytes())], &mut ancillary, SendFlags::NOSIGNAL).context(what)?;
     Ok(())
+}
+
+/// The host's ends of a process's streams, and its terminal if it has one: ours, or a new one whose master goes to `socket`.
+///
+/// # Errors
+/// No terminal can be had, or nobody listens on the socket.
+pub fn ends(terminal: bool, socket: Option<&Path>) -> Result<(Ends, Option<OwnedFd>)> {
+    if !terminal {
+        return Ok((Ends::own(true)?, None));
+    }
+    let what = || "cannot use the terminal".to_owned();
+    let slave = match socket {
+        Some(socket) => {
+            let (master, slave) = open()?;
+            send(socket, "/dev/ptmx", &master)?;
+            // So that a resize is told by SIGWINCH.
+            let _ = rustix::process::ioctl_tiocsctty(&slave);
+            slave
+        }
+        None => std::io::stdin().as_fd().try_clone_to_owned().context(what)?,
+    };
+    let clone = || slave.try_clone().context(what);
+    let ends = Ends { input: Some(clone()?), output: Some(clone()?), ..Ends::default() };
+    Ok((ends, Some(slave)))
+}
+
+/// Lets go of the standard streams: whoever waits for their end must not wait for this process.
+pub fn let_go() {
+    let Ok(null) = File::options().read(true).write(true).open("/dev/null") else { return };
+    let _ = rustix::stdio::dup2_stdin(&null);
+    let _ = rustix::stdio::dup2_stdout(&null);
+    let _ = rustix::stdio::dup2_stderr(&null);
 }
 
 /// Rows and columns of a terminal.

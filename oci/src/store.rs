@@ -186,16 +186,7 @@ impl Root {
     /// # Errors
     /// A file cannot be removed.
     pub fn remove(&self, id: &str) -> Result<()> {
-        let files = self.files(id)?;
-        for dir in [&files.run, &files.dir] {
-            match fs::remove_dir_all(dir) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    return Err(error).context(|| format!("cannot remove {}", dir.display()));
-                }
-                _ => {}
-            }
-        }
-        Ok(())
+        self.files(id)?.remove()
     }
 
     /// Reads a container's state.

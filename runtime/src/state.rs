@@ -120,6 +120,22 @@ pub struct Files {
 }
 
 impl Files {
+    /// Removes what is there of both directories.
+    ///
+    /// # Errors
+    /// Something cannot be removed.
+    pub fn remove(&self) -> Result<()> {
+        for dir in [&self.run, &self.dir] {
+            match fs::remove_dir_all(dir) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(error).context(|| format!("cannot remove {}", dir.display()));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
     /// The files of container `id`, whether they exist or not.
     #[must_use]
     pub fn new(layout: &Layout, id: &str) -> Self {
@@ -422,15 +438,7 @@ pub fn remove_files(layout: &Layout, files: &Files, name: &str) -> Result<()> {
     if fs::read_to_string(&link).is_ok_and(|owner| owner == id) {
         let _ = fs::remove_file(&link);
     }
-    for dir in [&files.run, &files.dir] {
-        match fs::remove_dir_all(dir) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(error).context(|| format!("cannot remove {}", dir.display()));
-            }
-            _ => {}
-        }
-    }
-    Ok(())
+    files.remove()
 }
 
 /// The id of the container that a name, an id or the beginning of an id means.

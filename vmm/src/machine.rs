@@ -1,6 +1,6 @@
 //! The recipe: how a microVM is made, runs and ends. Read [`Machine::build`] top to bottom.
 
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::panic::resume_unwind;
@@ -199,17 +199,9 @@ pub struct Running {
 }
 
 /// Opens /dev/kvm, or takes over the descriptor of it that was inherited, and checks what the monitor cannot do without.
-pub(crate) fn open_kvm(inherited: Option<RawFd>) -> Result<Kvm> {
-    let fd = match inherited {
-        Some(fd) => {
-            // SAFETY: F_SETFD takes no pointers, and fails when there is no such descriptor.
-            if unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
-                return Err(Error::os("take over the descriptor of /dev/kvm")(
-                    std::io::Error::last_os_error(),
-                ));
-            }
-            fd
-        }
+pub(crate) fn open_kvm(handed_down: Option<RawFd>) -> Result<Kvm> {
+    let fd = match handed_down {
+        Some(fd) => inherited(fd).map_err(Error::os("take over the descriptor of /dev/kvm"))?.into_raw_fd(),
         None => Kvm::open_with_cloexec(true)
             .map_err(|source| Error::KvmOpen { reason: open_reason(&source), source })?,
     };

@@ -9,7 +9,7 @@ mod talk;
 
 use std::fs::File;
 use std::net::Ipv4Addr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 
@@ -115,7 +115,7 @@ impl Sandbox {
     fn new(mut plan: Plan) -> Result<Self> {
         let _ = rustix::process::setsid();
         let signals = Signals::block()?;
-        let (ends, terminal) = ends(&plan)?;
+        let (ends, terminal) = console::ends(plan.bundle.terminal, plan.console_socket.as_deref())?;
         let listener = UnixListener::bind(socket(&plan.files.run))
             .context(|| format!("cannot listen on {}", socket(&plan.files.run).display()))?;
         let container = &mut plan.container;
@@ -165,7 +165,8 @@ impl Sandbox {
         self.set_status(Status::Created)?;
         says(&self.plan, &Says::Created)?;
         *created = true;
-        self.let_go_of_the_caller();
+        // The standard streams stay open in the relay alone.
+        console::let_go();
         match self.wait_for_start()? {
             Some(relay) => self.attend(relay),
             None => Ok(End { code: 137, signal: libc::SIGKILL, oom: false }),
@@ -181,14 +182,6 @@ impl Sandbox {
     fn set_status(&mut self, status: Status) -> Result<()> {
         self.plan.container.status = status;
         self.plan.root.save(&self.plan.container)
-    }
-
-    /// The standard streams stay open in the relay alone.
-    fn let_go_of_the_caller(&self) {
-        let Ok(null) = File::options().read(true).write(true).open("/dev/null") else { return };
-        let _ = rustix::stdio::dup2_stdin(&null);
-        let _ = rustix::stdio::dup2_stdout(&null);
-        let _ = rustix::stdio::dup2_stderr(&null);
     }
 
     /// From nothing to a held process.
@@ -433,26 +426,6 @@ pub fn tag(files: &Files) -> String {
 /// The agent's ids have fewer characters than runc's.
 pub fn guest_id(id: &str) -> String {
     id.chars().map(|c| if c == '+' { '_' } else { c }).take(64).collect()
-}
-
-fn ends(plan: &Plan) -> Result<(Ends, Option<OwnedFd>)> {
-    if !plan.bundle.terminal {
-        return Ok((Ends::own(true)?, None));
-    }
-    let what = || "cannot use the container's terminal".to_owned();
-    let slave = match &plan.console_socket {
-        Some(socket) => {
-            let (master, slave) = console::open()?;
-            console::send(socket, "/dev/ptmx", &master)?;
-            // So that a resize is told by SIGWINCH.
-            let _ = rustix::process::ioctl_tiocsctty(&slave);
-            slave
-        }
-        None => std::io::stdin().as_fd().try_clone_to_owned().context(what)?,
-    };
-    let clone = || slave.try_clone().context(what);
-    let ends = Ends { input: Some(clone()?), output: Some(clone()?), ..Ends::default() };
-    Ok((ends, Some(slave)))
 }
 
 fn configure(

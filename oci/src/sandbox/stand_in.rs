@@ -22,6 +22,8 @@ use rustix::mount::{
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde::{Deserialize, Serialize};
 
+use crate::console;
+
 /// Said to it.
 #[derive(Debug, Serialize, Deserialize)]
 enum Order {
@@ -155,11 +157,7 @@ fn stand(wire: &Wire, network: BorrowedFd<'_>) -> u8 {
 }
 
 fn let_go_of_all_but(keep: i32) {
-    if let Ok(null) = File::options().read(true).write(true).open("/dev/null") {
-        let _ = rustix::stdio::dup2_stdin(&null);
-        let _ = rustix::stdio::dup2_stdout(&null);
-        let _ = rustix::stdio::dup2_stderr(&null);
-    }
+    console::let_go();
     let keep = keep.unsigned_abs();
     for (from, to) in [(3, keep.saturating_sub(1)), (keep + 1, u32::MAX)] {
         if from <= to {

@@ -1,7 +1,7 @@
 //! `exec`: one more process in a running container, which on the host is a process that relays its streams and ends as
 //! it does.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
 use bulkhead_protocol::agent::{
     Empty, ExecProcessRequest, ExecProcessResponse, ProcessRequest, ResizeTerminalRequest,
@@ -192,22 +192,7 @@ impl Call {
         };
         let _: ExecProcessResponse = guest.agent()?.call("ExecProcess", &request).map_err(refused)?;
         let streams = Streams::connect(&guest, &container, &exec, &stdio, terminal)?;
-        let (ends, terminal) = if terminal {
-            let what = || "cannot use the terminal".to_owned();
-            let slave = match &wish.console_socket {
-                Some(socket) => {
-                    let (master, slave) = console::open()?;
-                    console::send(socket, "/dev/ptmx", &master)?;
-                    let _ = rustix::process::ioctl_tiocsctty(&slave);
-                    slave
-                }
-                None => std::io::stdin().as_fd().try_clone_to_owned().context(what)?,
-            };
-            let clone = || slave.try_clone().context(what);
-            (Ends { input: Some(clone()?), output: Some(clone()?), ..Ends::default() }, Some(slave))
-        } else {
-            (Ends::own(true)?, None)
-        };
+        let (ends, terminal) = console::ends(terminal, wish.console_socket.as_deref())?;
         Ok(Self { guest, container, exec, streams, ends, terminal, started: None })
     }
 
@@ -229,7 +214,8 @@ impl Call {
         let _: Empty = agent.call("StartProcess", &target()).map_err(refused)?;
         if let Some(started) = started {
             let _ = Wire(started).send(&"");
-            let_go();
+            // The standard streams stay open in the relay alone.
+            console::let_go();
         }
         let call = agent.send("WaitProcess", &target()).context(what)?;
         loop {
@@ -258,12 +244,4 @@ impl Call {
             }
         }
     }
-}
-
-/// The standard streams stay open in the relay alone.
-fn let_go() {
-    let Ok(null) = std::fs::File::options().read(true).write(true).open("/dev/null") else { return };
-    let _ = rustix::stdio::dup2_stdin(&null);
-    let _ = rustix::stdio::dup2_stdout(&null);
-    let _ = rustix::stdio::dup2_stderr(&null);
 }

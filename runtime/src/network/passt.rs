@@ -112,7 +112,7 @@ fn network() -> Network {
 }
 
 /// Lets the program inherit these descriptors under their own numbers.
-pub fn inherit(command: &mut Command, fds: Vec<RawFd>) {
+pub(crate) fn inherit(command: &mut Command, fds: Vec<RawFd>) {
     if fds.is_empty() {
         return;
     }
