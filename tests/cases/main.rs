@@ -16,6 +16,7 @@ mod monitor;
 mod network;
 mod network_figures;
 mod oci;
+mod oci_bad_input;
 mod oci_host;
 mod podman;
 mod real_images;

@@ -53,9 +53,20 @@ impl Bundle {
         self.change(|config| config["process"]["args"] = json!(["sh", "-c", script]))
     }
 
-    fn program(&self, words: &[&str]) -> Program {
+    pub fn program(&self, words: &[&str]) -> Program {
         let root = self.root.display().to_string();
         Program::new([self.runtime, "--root", &root]).args(words.iter().copied()).dir(&self.dir)
+    }
+
+    /// The same, by way of another program.
+    pub fn wrapped(&self, by: &[&str], words: &[&str]) -> Program {
+        let root = self.root.display().to_string();
+        let program = Program::new(by.iter().copied()).args([self.runtime, "--root", &root]);
+        program.args(words.iter().copied()).dir(&self.dir)
+    }
+
+    pub fn is_ours(&self) -> bool {
+        self.runtime == "bulkhead-oci"
     }
 
     pub fn call(&self, words: &[&str]) -> Result<Finished> {
@@ -64,18 +75,28 @@ impl Bundle {
 
     /// For what leaves a process behind that holds its streams: they go to the files `out` and `err` of the bundle.
     pub fn apart(&self, words: &[&str]) -> Result<Finished> {
-        let root = self.root.display().to_string();
         let line = "exec \"$@\" >out 2>err </dev/null";
-        Program::new(["sh", "-c", line, "sh", self.runtime, "--root", &root])
-            .args(words.iter().copied())
-            .dir(&self.dir)
-            .run()?
-            .ok()
+        self.wrapped(&["sh", "-c", line, "sh"], words).run()?.ok()
     }
 
-    fn status(&self, id: &str) -> Result<String> {
-        let state: Value = serde_json::from_str(&self.call(&["state", id])?.ok()?.stdout())?;
-        Ok(state["status"].as_str().context("no status")?.to_owned())
+    /// What a container's state says.
+    pub fn state(&self, id: &str) -> Result<Value> {
+        Ok(serde_json::from_str(&self.call(&["state", id])?.ok()?.stdout())?)
+    }
+
+    /// More of busybox.
+    pub fn applets(&self, names: &[&str]) -> Result<()> {
+        Ok(names.iter().try_for_each(|name| symlink("busybox", self.dir.join("rootfs/bin").join(name)))?)
+    }
+
+    /// There is no container of this root.
+    pub fn nothing_left(&self) -> Result<()> {
+        self.call(&["list", "-q"])?.ok()?.stdout_is("")?;
+        Ok(())
+    }
+
+    pub fn status(&self, id: &str) -> Result<String> {
+        Ok(self.state(id)?["status"].as_str().context("no status")?.to_owned())
     }
 
     pub fn wait_for(&self, host: &Host, id: &str, status: &str) -> Result<()> {
@@ -84,7 +105,7 @@ impl Bundle {
 }
 
 /// The same steps with both, since whatever passes here passes with what engines know.
-fn both(host: &Host, steps: impl Fn(&Bundle) -> Result<()>) -> Result<()> {
+pub fn both(host: &Host, steps: impl Fn(&Bundle) -> Result<()>) -> Result<()> {
     for runtime in ["runc", "bulkhead-oci"] {
         steps(&Bundle::new(host, runtime)?).with_context(|| format!("with {runtime}"))?;
     }
@@ -185,6 +206,10 @@ fn exec_in_every_way(host: &Host) -> Result<()> {
             .call(&["exec", "c1", "nosuch"])?
             .status_is(255)?
             .stderr_has("executable file not found in $PATH")?;
+        // The end of its input is one inside, though its output goes on.
+        let script = "cat; echo over";
+        let words = ["exec", "c1", "sh", "-c", script];
+        bundle.program(&words).stdin("in\n").run()?.ok()?.stdout_is("in\nover\n")?;
         let pid_file = bundle.dir.join("exec-pid");
         let name = pid_file.display().to_string();
         bundle.apart(&["exec", "-d", "--pid-file", &name, "c1", "sleep", "0.3"])?;
@@ -239,36 +264,6 @@ fn writes_land_in_the_bundle_and_binds_are_what_they_say(host: &Host) -> Result<
         ensure!(fs::read_to_string(shared.join("new"))? == "new\n");
         ensure!(bundle.dir.join("rootfs/in-root").exists());
         ensure!(!shared.join("no").exists());
-        Ok(())
-    })
-}
-
-test!(hooks_run_with_the_state, NEEDS);
-fn hooks_run_with_the_state(host: &Host) -> Result<()> {
-    both(host, |bundle| {
-        let seen = bundle.dir.join("seen");
-        bundle.change(|config| {
-            let mut hooks = json!({});
-            for kind in
-                ["prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"]
-            {
-                // createContainer and startContainer hooks of runc are in the container's namespaces.
-                if !kind.ends_with("Container") {
-                    let script = format!("read state; echo {kind} ${{state#*status}} >>{}", seen.display());
-                    hooks[kind] = json!([{"path": "/bin/sh", "args": ["sh", "-c", script]}]);
-                }
-            }
-            config["hooks"] = hooks;
-        })?;
-        bundle.runs("true")?;
-        bundle.call(&["run", "c1"])?.ok()?;
-        let seen = fs::read_to_string(seen)?;
-        let order: Vec<_> = seen.lines().filter_map(|line| line.split(' ').next()).collect();
-        ensure!(order == ["prestart", "createRuntime", "poststart", "poststop"], "{seen}");
-        ensure!(seen.contains("stopped"), "{seen}");
-        bundle.change(|config| config["hooks"]["createRuntime"] = json!([{"path": "/bin/false"}]))?;
-        bundle.call(&["run", "c2"])?.failed()?;
-        ensure!(bundle.call(&["list", "-q"])?.ok()?.stdout().is_empty());
         Ok(())
     })
 }

@@ -1,5 +1,6 @@
 //! config.json: what is asked of the host is taken out and done here, the rest goes to the agent, which is strict too.
 
+mod check;
 mod take;
 mod vm;
 
@@ -79,20 +80,15 @@ impl Bundle {
     pub fn read(dir: &Path, log: &Log) -> Result<Self> {
         let dir = fs::canonicalize(dir).context(|| format!("cannot use the bundle {}", dir.display()))?;
         let path = dir.join("config.json");
-        let mut spec = read_json(&path)?;
-        let version = text(&spec, "/ociVersion");
-        if !version.starts_with("1.") {
-            return Err(usage(format!("{}: ociVersion is {version:?}, 1.x is known", path.display())));
-        }
+        let mut spec = parse(&path, open_config(&path)?)?;
         let in_file = |why: String| usage(format!("{}: {why}", path.display()));
+        check::head(&spec).map_err(in_file)?;
         let process = spec.get("process").cloned().ok_or_else(|| in_file("it has no process".into()))?;
-        let root = spec.pointer("/root/path").and_then(Value::as_str);
-        let root = root.ok_or_else(|| in_file("root.path is missing".into()))?;
-        let rootfs = fs::canonicalize(dir.join(root))
-            .context(|| format!("cannot use the root file system {}", dir.join(root).display()))?;
-        if !rootfs.is_dir() {
-            return Err(in_file(format!("root.path {} is no directory", rootfs.display())));
-        }
+        check::process(&process).map_err(in_file)?;
+        let rootfs = find_root(&dir, &spec).map_err(|error| match error {
+            Error::Usage(why) => in_file(why),
+            error => error,
+        })?;
         let from = |value: Option<&Value>, what: &str| {
             value.cloned().map_or(Ok(json!({})), |value| {
                 if value.is_null() {
@@ -120,6 +116,7 @@ impl Bundle {
                 fields.remove(host);
             }
         }
+        check::of_host(&spec).map_err(in_file)?;
         let cgroups_path = text(&spec, "/linux/cgroupsPath").to_owned();
         let resources = take_resources(&mut spec);
         let terminal = process.get("terminal").and_then(Value::as_bool).unwrap_or(false);
@@ -161,7 +158,11 @@ impl Bundle {
         let period = limit("/linux/resources/cpu/period").unwrap_or(100_000).max(1);
         let milli_cpus = limit("/linux/resources/cpu/quota")
             .and_then(|quota| u64::try_from(quota.saturating_mul(1000) / period).ok());
-        let mut shape = Shape::new(memory, milli_cpus.map(|cpus| cpus.max(1)));
+        // A limit may be above what the host has. A machine cannot.
+        let (most_memory, most_cpus) = check::host();
+        let memory = memory.map(|bytes| bytes.min(most_memory));
+        let milli_cpus = milli_cpus.map(|cpus| cpus.clamp(1, most_cpus.saturating_mul(1000)));
+        let mut shape = Shape::new(memory, milli_cpus);
         if let Some(bytes) = self.vm.memory {
             shape.memory_mib = u32::try_from(bytes >> 20)
                 .map_err(|_| usage(format!("vm.hwConfig.memory: {bytes} bytes")))?;
@@ -240,28 +241,66 @@ impl Hooks {
             if hook.timeout.is_some_and(|seconds| seconds <= 0) {
                 return Err(usage(format!("hook {}: its timeout is not above 0", hook.path.display())));
             }
+            if let Some(entry) = hook.env.iter().find(|entry| !entry.contains('=')) {
+                let path = hook.path.display();
+                return Err(usage(format!("hook {path}: {entry:?} in its env is not KEY=value")));
+            }
         }
         Ok(())
     }
 }
 
-/// Reads a JSON file of sensible size.
+/// Reads a JSON file of sensible size, which may be a pipe of the caller's.
 ///
 /// # Errors
 /// It is missing, too large, or no JSON.
 pub fn read_json(path: &Path) -> Result<Value> {
+    parse(path, fs::File::open(path).context(|| format!("cannot read {}", path.display()))?)
+}
+
+/// A bundle's config.json. It comes from others: one that is a fifo must not keep us waiting.
+fn open_config(path: &Path) -> Result<fs::File> {
+    use std::os::unix::fs::OpenOptionsExt;
     let what = || format!("cannot read {}", path.display());
-    let meta = fs::metadata(path).context(what)?;
-    if meta.len() > MAX_BYTES {
-        return Err(usage(format!(
-            "{} has {} bytes, over the limit of {MAX_BYTES}",
-            path.display(),
-            meta.len()
-        )));
+    let mut options = fs::OpenOptions::new();
+    let file = options.read(true).custom_flags(libc::O_NONBLOCK).open(path).context(what)?;
+    if file.metadata().context(what)?.is_file() {
+        return Ok(file);
+    }
+    Err(usage(format!("{} is no regular file", path.display())))
+}
+
+fn parse(path: &Path, file: fs::File) -> Result<Value> {
+    let mut bytes = Vec::new();
+    file.take(MAX_BYTES + 1).read_to_end(&mut bytes).context(|| format!("cannot read {}", path.display()))?;
+    if bytes.len() as u64 > MAX_BYTES {
+        let name = path.display();
+        return Err(usage(format!("{name} is too large: more than the limit of {MAX_BYTES} bytes")));
     }
     // serde_json stops at 128 levels of nesting by itself.
-    serde_json::from_slice(&fs::read(path).context(what)?)
-        .context(|| format!("{} is malformed", path.display()))
+    let mut value = serde_json::from_slice(&bytes).context(|| format!("{} is malformed", path.display()))?;
+    check::drop_nulls(&mut value);
+    Ok(value)
+}
+
+/// The directory that `root.path` names. As with runc it has to be the directory itself: a bundle's link could lead
+/// anywhere on the host.
+fn find_root(dir: &Path, spec: &Value) -> Result<PathBuf> {
+    let root = spec.pointer("/root/path").ok_or_else(|| usage("root.path is missing"))?;
+    let root = root.as_str().filter(|root| !root.is_empty());
+    let root = dir.join(root.ok_or_else(|| usage("root.path is no path"))?);
+    let found = fs::canonicalize(&root).context(|| format!("cannot use the root file system {root:?}"))?;
+    if !found.is_dir() {
+        return Err(usage(format!("root.path {} is no directory", found.display())));
+    }
+    if check::without_dots(&root) != found {
+        return Err(usage(format!(
+            "root.path {} is or leads through a symbolic link, to {}: name the directory itself",
+            root.display(),
+            found.display()
+        )));
+    }
+    Ok(found)
 }
 
 fn text<'a>(value: &'a Value, pointer: &str) -> &'a str {
@@ -276,6 +315,9 @@ fn find_binds(spec: &Value) -> Result<Vec<usize>, String> {
         let destination = text(mount, "/destination");
         if !destination.starts_with('/') {
             return Err(format!("mounts[{index}].destination {destination:?} is not an absolute path"));
+        }
+        if let Some(path) = [destination, text(mount, "/source")].iter().find(|path| path.contains('\0')) {
+            return Err(format!("mounts[{index}]: {path:?} has a NUL byte in it"));
         }
         let options = mount.get("options").and_then(Value::as_array).into_iter().flatten();
         let by_option = options.filter_map(Value::as_str).any(|option| matches!(option, "bind" | "rbind"));
@@ -298,6 +340,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir(dir.path().join("rootfs")).unwrap();
         fs::write(dir.path().join("config.json"), config).unwrap();
+        std::os::unix::fs::symlink("/", dir.path().join("link")).unwrap();
         let global = crate::args::Global {
             version: false,
             debug: false,
@@ -394,12 +437,28 @@ mod tests {
             ),
             ("\"annotations\":{\"a\":\"b\"}", "\"annotations\":[1]", "annotations"),
             ("\"process\":", "\"processs\":", "process"),
+            ("\"path\":\"rootfs\"", "\"path\":\"link\"", "symbolic link"),
+            ("\"path\":\"rootfs\"", "\"path\":\"rootfs/../link\"", "symbolic link"),
+            ("\"path\":\"rootfs\"", "\"path\":\"a\\u0000b\"", "a\\0b"),
+            ("\"path\":\"rootfs\"", "\"path\":\"config.json\"", "no directory"),
+            ("\"path\":\"rootfs\"", "\"path\":\"\"", "root.path"),
+            (
+                "\"annotations\":{\"a\":\"b\"}",
+                "\"hooks\":{\"poststop\":[{\"path\":\"/h\",\"env\":[\"A\"]}]}",
+                "KEY=value",
+            ),
         ] {
             assert!(GOOD.contains(from), "{from}");
             let error = bundle(&GOOD.replace(from, to)).unwrap_err().chain();
             assert!(error.contains(word), "{to}: {error}");
         }
         assert!(bundle(&"[".repeat(100_000)).is_err());
+        // With two of a name the last one counts, as with runc; null is nothing.
+        let twice = GOOD.replace("\"cwd\":\"/\"", "\"cwd\":\"nowhere\",\"cwd\":\"/\",\"env\":null");
+        assert_eq!(bundle(&twice).unwrap().process, json!({"args": ["a"], "cwd": "/"}));
+        let huge =
+            bundle(&GOOD.replace("134217728", "9223372036854775807").replace("150000", "9e15")).unwrap();
+        assert!(u64::from(huge.shape().unwrap().memory_mib) < (check::host().0 >> 20) * 2);
     }
 
     proptest! {
