@@ -3,7 +3,7 @@
 //! | module | what it does |
 //! |---|---|
 //! | [`registry`] | what a test is and what it says it needs; [`test!`] registers one |
-//! | [`host`], [`process`] | what a test works with: the KVM host from inside, programs, terminals |
+//! | [`host`], [`process`], [`console`] | what a test works with: the KVM host from inside, programs, terminals |
 //! | [`leak`] | what a test left behind |
 //! | [`runner`], [`inside`] | the outside (`cargo test`'s arguments) and the inside (one test, watched over) |
 //! | [`stage`] | what is under test, built and laid out as an installation would be |
@@ -12,6 +12,7 @@
 //! | [`oci_image`] | writes container images as archives |
 //! | [`workspace`] | where things are in the source tree, and how to build cached things once |
 
+pub mod console;
 pub mod emulated;
 pub mod host;
 pub mod initramfs;

@@ -159,14 +159,14 @@ impl Program {
     }
 }
 
-fn resize(terminal: &File, rows: u16, columns: u16) -> Result<()> {
+pub(crate) fn resize(terminal: &File, rows: u16, columns: u16) -> Result<()> {
     tcsetwinsize(terminal, Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 })
         .context("resize the terminal")
 }
 
 /// Reads a stream to its end in a thread of its own.
 #[derive(Debug)]
-struct Collector {
+pub(crate) struct Collector {
     state: Arc<(Mutex<Collected>, Condvar)>,
     thread: JoinHandle<()>,
 }
@@ -178,7 +178,7 @@ struct Collected {
 }
 
 impl Collector {
-    fn of(mut source: impl Read + Send + 'static) -> Self {
+    pub(crate) fn of(mut source: impl Read + Send + 'static) -> Self {
         let state = Arc::new((Mutex::new(Collected::default()), Condvar::new()));
         let shared = Arc::clone(&state);
         let thread = std::thread::spawn(move || {
@@ -198,18 +198,18 @@ impl Collector {
         Self { state, thread }
     }
 
-    fn bytes(&self) -> Vec<u8> {
+    pub(crate) fn bytes(&self) -> Vec<u8> {
         self.state.0.lock().unwrap_or_else(PoisonError::into_inner).bytes.clone()
     }
 
-    fn wait_for(&self, text: &str, patience: Duration) -> bool {
+    pub(crate) fn wait_for(&self, text: &str, patience: Duration) -> bool {
         let lacks = |collected: &mut Collected| !collected.ended && !contains(&collected.bytes, text);
         let locked = self.state.0.lock().unwrap_or_else(PoisonError::into_inner);
         let waited = self.state.1.wait_timeout_while(locked, patience, lacks);
         contains(&waited.unwrap_or_else(PoisonError::into_inner).0.bytes, text)
     }
 
-    fn finish(self) -> Vec<u8> {
+    pub(crate) fn finish(self) -> Vec<u8> {
         // A thread that panicked has collected what it could.
         let _ = self.thread.join();
         let mut collected = self.state.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -397,7 +397,7 @@ impl fmt::Display for Finished {
 }
 
 /// The end of some output, for a message.
-fn tail(bytes: &[u8]) -> String {
+pub(crate) fn tail(bytes: &[u8]) -> String {
     const MOST: usize = 4000;
     let start = bytes.len().saturating_sub(MOST);
     let text = String::from_utf8_lossy(bytes.get(start..).unwrap_or_default());

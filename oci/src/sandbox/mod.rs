@@ -156,6 +156,8 @@ impl Sandbox {
         if self.plan.caller.receive::<GoOn>().is_none() {
             return Err(Error::Interrupted);
         }
+        // Before the network is looked at: they may furnish it.
+        self.hooks("createContainer", Status::Creating)?;
         // A new namespace may be furnished between `create` and `start`, as dockerd does: then the machine, whose
         // interfaces those are, is made at `start`.
         let late = self.plan.bundle.network == Wanted::New && !self.is_furnished();
@@ -177,6 +179,16 @@ impl Sandbox {
     fn is_furnished(&self) -> bool {
         std::fs::read_to_string("/proc/thread-self/net/dev")
             .is_ok_and(|list| list.lines().skip(2).any(|line| !line.trim_start().starts_with("lo:")))
+    }
+
+    /// Runs hooks of the container's namespaces, of which the host has the network's.
+    fn hooks(&self, kind: &str, status: Status) -> Result<()> {
+        let container = &self.plan.container;
+        let hooks = match status {
+            Status::Creating => &container.hooks.create_container,
+            _ => &container.hooks.start_container,
+        };
+        hooks::run_inside(kind, hooks, &container.state(status), container.network.as_ref())
     }
 
     fn set_status(&mut self, status: Status) -> Result<()> {
@@ -212,7 +224,6 @@ impl Sandbox {
         let mut monitor = Monitor::start(artefacts, files, &shape, Vec::new(), Some(&mut server), &links)?;
         (links.fds, links.kvm) = (Vec::new(), None);
         trace::mark("monitor spawned");
-        hooks::run("createContainer", &container.hooks.create_container, &container.state(Status::Creating))?;
         let signals = &self.signals;
         monitor.wait_ready(signals, || std::iter::from_fn(|| signals.next()).any(is_fatal))?;
         trace::mark("agent up");
@@ -296,8 +307,8 @@ impl Sandbox {
         if self.vm.is_none() {
             self.boot()?;
         }
+        self.hooks("startContainer", Status::Created)?;
         let container = &self.plan.container;
-        hooks::run("startContainer", &container.hooks.start_container, &container.state(Status::Created))?;
         let gone = || Error::Monitor("the sandbox has lost its microVM".into());
         let vm = self.vm.as_mut().ok_or_else(gone)?;
         let streams = vm.streams.take().ok_or_else(gone)?;

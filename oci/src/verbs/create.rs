@@ -32,19 +32,7 @@ fn make(context: &Context, wish: &Create, detach: bool) -> Result<i32> {
     if let Some(kernel) = &bundle.vm.kernel {
         artefacts.kernel.clone_from(kernel);
     }
-    match (bundle.terminal, &wish.console_socket) {
-        (true, None) if detach => {
-            return Err(Error::Usage(
-                "cannot allocate tty if bulkhead-oci will detach without setting console socket".into(),
-            ));
-        }
-        (false, Some(_)) => {
-            return Err(Error::Usage(
-                "cannot use console socket if bulkhead-oci will not detach or allocate tty".into(),
-            ));
-        }
-        _ => {}
-    }
+    super::check_terminal(bundle.terminal, detach, wish.console_socket.is_some())?;
     let group = Cgroup::locate(&bundle.cgroups_path, context.systemd_cgroup, &wish.id)?;
     if group.is_none() {
         context.log.debug("no cgroup2 at /sys/fs/cgroup: the sandbox is put into no cgroup of the host");
@@ -91,7 +79,7 @@ fn clean_up(context: &Context, id: &str, hooks: &Hooks) {
             group.remove();
         }
         let state = container.state(Status::Stopped);
-        let _ = hooks::run("poststop", &hooks.poststop, &state);
+        hooks::run_all("poststop", &hooks.poststop, &state, &context.log);
     }
     let _ = context.root.remove(id);
 }
@@ -159,7 +147,7 @@ pub fn run(context: &Context, wish: &Run) -> Result<u8> {
     }
     let container = context.root.load(id)?;
     let terminal = container.process.get("terminal").and_then(serde_json::Value::as_bool).unwrap_or(false);
-    let raw = if terminal && wish.create.console_socket.is_none() { Raw::enter()? } else { None };
+    let raw = if terminal { Raw::enter()? } else { None };
     let status = stand_for(pid, &signals);
     drop(raw);
     if !wish.keep {

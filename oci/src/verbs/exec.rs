@@ -45,19 +45,14 @@ fn try_exec(context: &Context, wish: &Exec) -> Result<u8> {
     let container = in_state(context, &wish.id, &states, "exec in")?;
     let process = process(wish, &container)?;
     let terminal = process.get("terminal").and_then(Value::as_bool).unwrap_or(false);
-    if terminal && wish.detach && wish.console_socket.is_none() {
-        return Err(Error::Usage(
-            "cannot allocate tty if bulkhead-oci will detach without setting console socket".into(),
-        ));
-    }
+    super::check_terminal(terminal, wish.detach, wish.console_socket.is_some())?;
     if !wish.detach {
         let signals = Signals::block()?;
         let call = Call::make(wish, &container, &process, terminal)?;
         if let Some(file) = &wish.pid_file {
             super::write_pid(file, std::process::id().cast_signed())?;
         }
-        let own = terminal && wish.console_socket.is_none();
-        let raw = if own { Raw::enter()? } else { None };
+        let raw = if terminal { Raw::enter()? } else { None };
         let status = call.run(&signals);
         drop(raw);
         return status;
@@ -180,8 +175,10 @@ struct Call {
 
 impl Call {
     fn make(wish: &Exec, container: &Container, process: &Value, terminal: bool) -> Result<Self> {
-        let guest = guest(container);
-        let stdio = Stdio { stdin: true, stdout: true, stderr: !terminal };
+        let (guest, tty) = (guest(container), terminal);
+        // First of all: nobody would end a process in the guest when nobody takes its terminal.
+        let (ends, terminal) = console::ends(tty, wish.console_socket.as_deref())?;
+        let stdio = Stdio { stdin: true, stdout: true, stderr: !tty };
         let (container, exec) = (guest_id(&container.id), format!("oci-{}", std::process::id()));
         let request = ExecProcessRequest {
             container: container.clone(),
@@ -191,8 +188,7 @@ impl Call {
             hold: true,
         };
         let _: ExecProcessResponse = guest.agent()?.call("ExecProcess", &request).map_err(refused)?;
-        let streams = Streams::connect(&guest, &container, &exec, &stdio, terminal)?;
-        let (ends, terminal) = console::ends(terminal, wish.console_socket.as_deref())?;
+        let streams = Streams::connect(&guest, &container, &exec, &stdio, tty)?;
         Ok(Self { guest, container, exec, streams, ends, terminal, started: None })
     }
 

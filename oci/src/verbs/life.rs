@@ -26,12 +26,9 @@ const PATIENCE: Duration = Duration::from_secs(10);
 pub fn start(context: &Context, id: &str) -> Result<()> {
     let container = in_state(context, id, &[Status::Created], "start")?;
     sandbox::ask(&container.run, &Ask::Start)?;
-    let state = container.state(Status::Running);
-    if let Err(error) = hooks::run("poststart", &container.hooks.poststart, &state) {
-        // The specification: log it and go on.
-        context.log.warn(&error.chain());
-    }
-    Ok(())
+    // As the specification has it since 1.2.1, and runc always: the container is stopped when one fails.
+    hooks::run("poststart", &container.hooks.poststart, &container.state(Status::Running))
+        .inspect_err(|_| end(&container))
 }
 
 /// Signals the container's process, or all of them.
@@ -124,9 +121,7 @@ pub fn delete(context: &Context, id: &str, force: bool) -> Result<()> {
         group.remove();
     }
     context.root.remove(id)?;
-    if let Err(error) = hooks::run("poststop", &container.hooks.poststop, &container.state(Status::Stopped)) {
-        context.log.warn(&error.chain());
-    }
+    hooks::run_all("poststop", &container.hooks.poststop, &container.state(Status::Stopped), &context.log);
     Ok(())
 }
 

@@ -91,21 +91,22 @@ fn table<const N: usize>(rows: &[[String; N]]) -> String {
 /// read and look up in the host's list of processes (`docker top`), it is the one of the host's that stands for them all.
 ///
 /// # Errors
-/// It does not run.
+/// It does not exist, or its guest does not answer.
 pub fn ps(context: &Context, wish: &Ps) -> Result<()> {
-    let container = in_state(
-        context,
-        &wish.id,
-        &[Status::Running, Status::Paused, Status::Created],
-        "list the processes of",
-    )?;
+    let container = context.root.load(&wish.id)?;
+    let lives = container.lives();
     if wish.format == Format::Json {
-        return print(&json!([container.pid]).to_string());
+        return print(&json!(lives.then_some([container.pid])).to_string());
     }
     let request = ContainerRequest { container: guest_id(&wish.id) };
-    let listed: ListProcessesResponse = agent(&container)?
-        .call("ListProcesses", &request)
-        .context(|| format!("cannot list the processes of {}", wish.id))?;
+    // Of one that has ended there are none, which is no error for runc either.
+    let listed = if lives {
+        agent(&container)?
+            .call("ListProcesses", &request)
+            .context(|| format!("cannot list the processes of {}", wish.id))?
+    } else {
+        ListProcessesResponse::default()
+    };
     let mut rows = vec![["UID", "PID", "PPID", "RSS", "CMD"].map(str::to_owned)];
     for process in &listed.processes {
         // Another kernel's words: nothing in them may act on a terminal.

@@ -67,6 +67,20 @@ fn send_pidfd(socket: &Path, pid: i32) -> Result<()> {
     console::send(socket, "pidfd", &fd)
 }
 
+/// Whether there is a place for the terminal, as runc has it.
+fn check_terminal(terminal: bool, detach: bool, socket: bool) -> Result<()> {
+    let wrong = match (terminal, detach, socket) {
+        (true, true, false) => {
+            "cannot allocate tty if bulkhead-oci will detach without setting console socket"
+        }
+        (false, _, true) | (_, false, true) => {
+            "cannot use console socket if bulkhead-oci will not detach or allocate tty"
+        }
+        _ => return Ok(()),
+    };
+    Err(Error::Usage(wrong.into()))
+}
+
 /// Descriptors do not cross from one kernel to another.
 fn refuse_fds(count: u32) -> Result<()> {
     if count == 0 {
