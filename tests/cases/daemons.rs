@@ -1,5 +1,5 @@
-//! What the tests of container engines have in common: a daemon for the time of a test, and the same steps with runc and
-//! with `bulkhead-oci`, told side by side.
+//! What the tests of container engines have in common: a daemon for the time of a test, and the same steps with each
+//! runtime, told side by side.
 
 use std::io::ErrorKind;
 use std::path::Path;

@@ -6,7 +6,6 @@ mod containerd;
 mod containers;
 mod daemons;
 mod docker;
-mod engines;
 mod figures;
 mod flags;
 mod framework;

@@ -8,7 +8,7 @@ use bulkhead_tests::process::{Finished, Program};
 use bulkhead_tests::registry::Needs;
 use bulkhead_tests::test;
 
-use crate::engines::Table;
+use crate::daemons::{Step, side_by_side};
 
 /// podman keeps its bridge, its locks and its database.
 const NEEDS: Needs = Needs::engines().deadline(300).shows_output().may_leave_things();
@@ -47,7 +47,7 @@ impl Podman<'_> {
 
 test!(what_people_do, NEEDS);
 fn what_people_do(host: &Host) -> Result<()> {
-    steps(host, "/usr/local/bin/bulkhead-oci")
+    with(host, "/usr/local/bin/bulkhead-oci")
 }
 
 test!(
@@ -55,31 +55,33 @@ test!(
     NEEDS.pending("shows that the script is right; some minutes, and of no use each time")
 );
 fn what_people_do_with_runc(host: &Host) -> Result<()> {
-    steps(host, "runc")
+    with(host, "runc")
 }
 
-fn steps(host: &Host, runtime: &'static str) -> Result<()> {
+fn with(host: &Host, runtime: &'static str) -> Result<()> {
     host.run(["podman", "load", "-q", "-i", &host.image("busybox-docker").display().to_string()])?.ok()?;
-    let mut table = Table::new("podman", runtime);
-    let podman = Podman { host, runtime };
-    let mut step = |name: &str, done: Result<()>| table.add(name, done);
-    step("run: output, status", run(&podman))?;
-    step("run: user, env, workdir, hostname", identity(&podman))?;
-    step("run: --read-only, --tmpfs, --shm-size", filesystems(&podman))?;
-    step("run: --memory, --pids-limit, --cpus, --ulimit", limits(&podman))?;
-    step("run: capabilities, --privileged", capabilities(&podman))?;
-    step("run: what cannot be started: 126, 127", cannot_start(&podman))?;
-    step("volumes and binds", volumes(&podman))?;
-    step("exec, logs, ps, top, stats", attached(&podman))?;
-    step("cp both ways, commit", copies(&podman))?;
-    step("published port", port(&podman))?;
-    step("pause, unpause", pause(&podman))?;
-    step("stop, kill, wait, restart", ends(&podman))?;
-    step("build", build(&podman))?;
-    step("-it: a terminal", terminal(&podman))?;
-    step("nothing left running", nothing_left(&podman))?;
-    table.print();
-    Ok(())
+    let name = runtime.rsplit('/').next().unwrap_or(runtime);
+    side_by_side(&[(name, Podman { host, runtime })], &steps())
+}
+
+fn steps<'a>() -> [Step<Podman<'a>>; 15] {
+    [
+        ("run: output, status", run),
+        ("run: user, env, workdir, hostname", identity),
+        ("run: --read-only, --tmpfs, --shm-size", filesystems),
+        ("run: --memory, --pids-limit, --cpus, --ulimit", limits),
+        ("run: capabilities, --privileged", capabilities),
+        ("run: what cannot be started: 126, 127", cannot_start),
+        ("volumes and binds", volumes),
+        ("exec, logs, ps, top, stats", attached),
+        ("cp both ways, commit", copies),
+        ("published port", port),
+        ("pause, unpause", pause),
+        ("stop, kill, wait, restart", ends),
+        ("build", build),
+        ("-it: a terminal", terminal),
+        ("nothing left running", nothing_left),
+    ]
 }
 
 fn run(podman: &Podman<'_>) -> Result<()> {
