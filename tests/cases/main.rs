@@ -17,6 +17,7 @@ mod network_figures;
 mod oci;
 mod oci_bad_input;
 mod oci_console;
+mod oci_figures;
 mod oci_hooks;
 mod oci_host;
 mod oci_states;
@@ -40,5 +41,15 @@ fn shell(host: &Host, flags: &[&str], script: &str) -> Result<Finished> {
 }
 
 fn main() {
+    // In a container, as its process.
+    let mut words = std::env::args_os().skip(1);
+    if words.next().is_some_and(|word| word == oci_figures::FLAG) {
+        let dir = words.next().unwrap_or_else(|| "/".into());
+        if let Err(error) = oci_figures::measure_io(dir.as_ref()) {
+            eprintln!("{error:#}");
+            std::process::exit(1);
+        }
+        return;
+    }
     bulkhead_tests::runner::main()
 }
