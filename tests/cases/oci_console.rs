@@ -98,8 +98,8 @@ fn a_terminal_by_socket_passes_every_byte_and_no_other(host: &Host) -> Result<()
     })
 }
 
-test!(a_terminal_nobody_takes_is_an_error, NEEDS);
-fn a_terminal_nobody_takes_is_an_error(host: &Host) -> Result<()> {
+test!(what_nobody_takes_is_an_error, NEEDS);
+fn what_nobody_takes_is_an_error(host: &Host) -> Result<()> {
     both(host, |bundle| {
         let nobody = stale_socket(&bundle.dir.join("nobody"))?;
         terminal(bundle, &["sh"])?;
@@ -109,6 +109,11 @@ fn a_terminal_nobody_takes_is_an_error(host: &Host) -> Result<()> {
             end.stderr_has("nobody")?.stderr_has("connection refused")?;
             bundle.nothing_left()?;
         }
+        bundle.change(|config| config["process"]["terminal"] = false.into())?;
+        let words = ["create", "--pid-file", "/no/where", "c1"];
+        bundle.call(&words)?.status_is(1)?.stderr_has("/no/")?;
+        bundle.nothing_left()?;
+        bundle.change(|config| config["process"]["terminal"] = true.into())?;
         // With a terminal and nowhere to put it, and the reverse.
         let (no_place, no_use) = ("cannot allocate tty if", "cannot use console socket if");
         bundle.call(&["create", "c1"])?.status_is(1)?.stderr_has(no_place)?;
@@ -126,6 +131,8 @@ fn a_terminal_nobody_takes_is_an_error(host: &Host) -> Result<()> {
             (&["-d", "--console-socket", &nobody], no_use),
             (&["-t", "--console-socket", &nobody], no_use),
             (&["-t", "-d", "--console-socket", &nobody], "nobody"),
+            (&["-d", "--pid-file", "/no/where"], "/no/"),
+            (&["--pid-file", "/no/where"], "/no/"),
         ] {
             let end = bundle.call(&[&["exec"], flags, &command].concat())?.status_is(255)?;
             end.stderr_has(word)?;
@@ -137,6 +144,37 @@ fn a_terminal_nobody_takes_is_an_error(host: &Host) -> Result<()> {
             ensure!(others.count() == 0, "in the container:\n{listed}");
         }
         bundle.call(&["delete", "--force", "c1"])?.ok()?;
+        bundle.nothing_left()
+    })
+}
+
+test!(the_callers_terminal_is_the_containers, NEEDS);
+fn the_callers_terminal_is_the_containers(host: &Host) -> Result<()> {
+    both(host, |bundle| {
+        terminal(bundle, &["sh"])?;
+        let mut run = bundle.program(&["run", "c1"]).terminal(24, 80)?;
+        run.wait_for("# ", PATIENCE)?;
+        run.send("stty size; tty\n")?;
+        run.wait_for("24 80\r\n/dev/", PATIENCE)?;
+        run.resize(31, 91)?;
+        host.eventually("31 91", PATIENCE, || {
+            run.send("stty size\n")?;
+            Ok(run.wait_for("31 91\r\n", Duration::from_millis(200)).is_ok())
+        })?;
+        let mut exec = bundle.program(&["exec", "-t", "c1", "sh"]).terminal(20, 60)?;
+        exec.wait_for("# ", PATIENCE)?;
+        exec.send("stty size; exit 6\n")?;
+        exec.wait_for("20 60\r\n", PATIENCE)?;
+        exec.wait()?.status_is(6)?;
+        // An interrupt is one inside, and nobody else's.
+        run.send("sleep 1000\n")?;
+        run.wait_for("sleep 1000\r\n", PATIENCE)?;
+        std::thread::sleep(Duration::from_millis(300));
+        run.send("\x03")?;
+        run.send("echo after-$?\n")?;
+        run.wait_for("after-130\r\n", PATIENCE)?;
+        run.send("exit 5\n")?;
+        run.wait()?.status_is(5)?;
         bundle.nothing_left()
     })
 }

@@ -10,6 +10,7 @@ use bulkhead_tests::host::Host;
 use bulkhead_tests::test;
 use serde_json::{Value, json};
 
+use crate::network::prepare;
 use crate::oci::{Bundle, NEEDS, both, pid_in};
 
 const KINDS: [&str; 6] =
@@ -142,6 +143,26 @@ fn a_hook_that_fails_ends_what_it_belongs_to(host: &Host) -> Result<()> {
             }
             let _ = fs::remove_file(&marks);
         }
+        // A namespace that was there before is entered too.
+        let namespace = prepare(host, 1500)?;
+        let told = bundle.dir.join("told");
+        let script = format!("readlink /proc/self/ns/net >{}; exit 1", told.display());
+        set(bundle, json!({"createContainer": [hook("createContainer", &script)]}))?;
+        let path = |path: &str| {
+            bundle.change(|config| {
+                let namespaces = config["linux"]["namespaces"].as_array_mut().into_iter().flatten();
+                for namespace in namespaces.filter(|namespace| namespace["type"] == "network") {
+                    namespace["path"] = path.into();
+                }
+            })
+        };
+        path("/run/netns/box")?;
+        bundle.call(&["create", "c1"])?.status_is(1)?.stderr_has("hook #0")?;
+        let inside = ["ip", "netns", "exec", "box", "readlink", "/proc/self/ns/net"];
+        host.run(inside)?.ok()?.stdout_is(&fs::read_to_string(told)?)?;
+        drop(namespace);
+        path("")?;
+
         set(bundle, json!({"prestart": [{"path": "/no/such/hook"}]}))?;
         bundle.call(&["create", "c1"])?.status_is(1)?.stderr_has("/no/such/hook")?;
         if bundle.is_ours() {

@@ -49,9 +49,6 @@ fn try_exec(context: &Context, wish: &Exec) -> Result<u8> {
     if !wish.detach {
         let signals = Signals::block()?;
         let call = Call::make(wish, &container, &process, terminal)?;
-        if let Some(file) = &wish.pid_file {
-            super::write_pid(file, std::process::id().cast_signed())?;
-        }
         let raw = if terminal { Raw::enter()? } else { None };
         let status = call.run(&signals);
         drop(raw);
@@ -83,22 +80,15 @@ fn detached(wish: &Exec, container: &Container, process: &Value, terminal: bool)
             // SAFETY: _exit has no preconditions; the caller's exit handlers are not ours.
             unsafe { libc::_exit(code.into()) }
         }
-        child => {
+        _ => {
             drop(theirs);
             match ours.receive::<String>() {
-                Some(error) if error.is_empty() => {}
+                Some(error) if error.is_empty() => Ok(0),
                 error => {
                     let killed = || "the process that relays its streams was killed".into();
-                    return Err(Error::Usage(error.unwrap_or_else(killed)));
+                    Err(Error::Usage(error.unwrap_or_else(killed)))
                 }
             }
-            if let Some(file) = &wish.pid_file {
-                super::write_pid(file, child)?;
-            }
-            if let Some(socket) = &wish.pidfd_socket {
-                super::send_pidfd(socket, child)?;
-            }
-            Ok(0)
         }
     }
 }
@@ -189,7 +179,25 @@ impl Call {
         };
         let _: ExecProcessResponse = guest.agent()?.call("ExecProcess", &request).map_err(refused)?;
         let streams = Streams::connect(&guest, &container, &exec, &stdio, tty)?;
-        Ok(Self { guest, container, exec, streams, ends, terminal, started: None })
+        let call = Self { guest, container, exec, streams, ends, terminal, started: None };
+        call.announce(wish).inspect_err(|_| call.give_up())?;
+        Ok(call)
+    }
+
+    /// Tells of this process, which stands for the one in the guest.
+    fn announce(&self, wish: &Exec) -> Result<()> {
+        let pid = std::process::id().cast_signed();
+        wish.pid_file.as_ref().map_or(Ok(()), |file| super::write_pid(file, pid))?;
+        wish.pidfd_socket.as_ref().map_or(Ok(()), |socket| super::send_pidfd(socket, pid))
+    }
+
+    /// Ends the held process, for which nobody else would ever come.
+    fn give_up(&self) {
+        let Ok(mut agent) = self.guest.agent() else { return };
+        let (container, exec) = (self.container.clone(), self.exec.clone());
+        let signal = libc::SIGKILL.unsigned_abs();
+        let request = SignalProcessRequest { container, exec, signal, all: false };
+        let _: Result<Empty, _> = agent.call("SignalProcess", &request);
     }
 
     /// From its start to its end and the last of its output.
