@@ -88,6 +88,29 @@ fn ids_and_roots_that_are_none(host: &Host) -> Result<()> {
     })
 }
 
+test!(a_damaged_state_is_told_and_force_removes_all, NEEDS);
+fn a_damaged_state_is_told_and_force_removes_all(host: &Host) -> Result<()> {
+    let bundle = &Bundle::new(host, "bulkhead-oci")?;
+    bundle.runs("while :; do sleep 1; done")?;
+    let file = host.work().join("bulkhead-oci-state/c1/state.json");
+    for damage in [Some("{"), Some("[]"), None] {
+        bundle.apart(&["run", "-d", "c1"])?;
+        match damage {
+            Some(text) => fs::write(&file, text)?,
+            None => fs::remove_file(&file)?,
+        }
+        bundle.nothing_left()?;
+        bundle.call(&["state", "c1"])?.status_is(1)?.stderr_has("state.json")?;
+        bundle.call(&["kill", "c1"])?.status_is(1)?.stderr_has("state.json")?;
+        bundle.call(&["delete", "c1"])?.status_is(1)?.stderr_has("state.json")?;
+        bundle.call(&["create", "c1"])?.status_is(1)?.stderr_has("exists")?;
+        bundle.call(&["delete", "--force", "c1"])?.ok()?;
+        // What is left of it else is found by the leak check.
+        ensure!(!file.parent().is_some_and(Path::exists), "its directory is still there");
+    }
+    Ok(())
+}
+
 test!(of_two_creates_of_one_id_one_wins, NEEDS);
 fn of_two_creates_of_one_id_one_wins(host: &Host) -> Result<()> {
     // Not beside runc: of its losers some get so far that they spoil the winner's container.

@@ -33,7 +33,7 @@ use rustix::thread::UnshareFlags;
 
 use self::stand_in::StandIn;
 pub use self::stand_in::View;
-pub use self::talk::{Ask, GoOn, Says, ask};
+pub use self::talk::{Ask, GoOn, Says, ask, kill};
 use self::talk::{answer, next_call, socket};
 use crate::config::{Bundle, Wanted};
 use crate::store::{Container, Root, Status, start_of};

@@ -64,6 +64,16 @@ pub fn ask(run: &Path, ask: &Ask) -> Result<()> {
     }
 }
 
+/// Tells the sandbox to kill its container, and answers the sandbox's pid. `None` when nobody listens.
+pub fn kill(run: &Path) -> Option<i32> {
+    let mut stream = UnixStream::connect(socket(run)).ok()?;
+    let peer = rustix::net::sockopt::socket_peercred(&stream).ok()?;
+    let line = serde_json::to_string(&Ask::Signal(libc::SIGKILL.unsigned_abs())).ok()? + "\n";
+    // One that is too busy to listen is known all the same.
+    let _ = stream.write_all(line.as_bytes());
+    Some(peer.pid.as_raw_nonzero().get())
+}
+
 /// The next caller, if one waits, and what it wants.
 pub fn next_call(listener: &UnixListener) -> Option<(UnixStream, Ask)> {
     let mut fds = [PollFd::new(listener, PollFlags::IN)];

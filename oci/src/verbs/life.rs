@@ -1,5 +1,6 @@
 //! `start`, `kill`, `delete`, `pause`, `resume`, `update`.
 
+use std::path::Path;
 use std::time::Duration;
 
 use bulkhead_protocol::agent::{ContainerRequest, Empty, SignalProcessRequest, UpdateContainerRequest};
@@ -75,6 +76,15 @@ pub fn end(container: &Container) {
     }
 }
 
+/// The same, when only its sockets are known.
+fn end_unknown(run: &Path) {
+    let Some(pid) = sandbox::kill(run) else { return };
+    let Some(start) = start_of(pid) else { return };
+    if !end_process(pid, start, false) {
+        end_process(pid, start, true);
+    }
+}
+
 /// Waits until a process is gone, which is killed first if `kill`. Answers whether it is.
 fn end_process(pid: i32, start: u64, kill: bool) -> bool {
     let Some(process) = Pid::from_raw(pid) else { return true };
@@ -98,7 +108,14 @@ pub fn delete(context: &Context, id: &str, force: bool) -> Result<()> {
     let container = match context.root.load(id) {
         Ok(container) => container,
         // Half made, damaged or not there at all: with force, nothing of it is left.
-        Err(_) if force && context.root.exists(id) => return context.root.remove(id),
+        Err(_) if force && context.root.exists(id) => {
+            end_unknown(&context.root.files(id)?.run);
+            // A sandbox that has ended in order has written it anew.
+            match context.root.load(id) {
+                Ok(container) => container,
+                Err(_) => return context.root.remove(id),
+            }
+        }
         Err(_) if force => return Ok(()),
         Err(error) => return Err(error),
     };
