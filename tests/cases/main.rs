@@ -16,6 +16,7 @@ mod network;
 mod network_figures;
 mod oci;
 mod oci_bad_input;
+mod oci_cgroups;
 mod oci_console;
 mod oci_figures;
 mod oci_hooks;

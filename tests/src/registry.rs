@@ -11,6 +11,7 @@ use crate::runner::Runner;
 pub struct Needs {
     pub(crate) product: bool,
     pub(crate) engines: bool,
+    pub(crate) cgroups: bool,
     pub(crate) images: &'static [&'static str],
     pub(crate) deadline_seconds: u64,
     pub(crate) clock: Clock,
@@ -26,6 +27,7 @@ impl Needs {
         Self {
             product: false,
             engines: false,
+            cgroups: true,
             images: &[],
             deadline_seconds: 30,
             clock: Clock::Leaping,
@@ -45,6 +47,12 @@ impl Needs {
     /// find what they keep on this machine.
     pub const fn engines() -> Self {
         Self { engines: true, ..Self::bulkhead() }
+    }
+
+    /// Bulkhead on a host where no cgroup hierarchy is mounted, so that the test can mount those of v1; no images loaded.
+    /// Only on the emulated host: another one's hierarchies are in use.
+    pub const fn no_cgroups() -> Self {
+        Self { cgroups: false, ..Self::bulkhead() }
     }
 
     /// These images loaded (`busybox`, `python`, `redis`).

@@ -56,6 +56,7 @@ pub struct Runner {
     bare: Once<State>,
     product: Once<State>,
     engines: Once<State>,
+    no_cgroups: Once<State>,
     installed: Once<PathBuf>,
     show: bool,
     /// Real time that each test took, with its stalls.
@@ -74,6 +75,7 @@ impl Runner {
             bare: Once::new(),
             product: Once::new(),
             engines: Once::new(),
+            no_cgroups: Once::new(),
             installed: Once::new(),
             show,
             took: Mutex::default(),
@@ -86,16 +88,15 @@ impl Runner {
             let tests = Layout::tests()?;
             state.staged(&tests.key()?, |dir| tests.lay(dir), "cp -a /host/. /usr/local/")
         };
+        let with_product = |state: State| {
+            let layout = Layout::product()?;
+            with_tests(state.staged(&layout.key()?, |dir| layout.lay(dir), "cp -a /host/. /usr/local/")?)
+        };
         if needs.engines {
-            return once(&self.engines, || {
-                let layout = Layout::product()?;
-                let engines = State::booted()?.with_engines()?;
-                with_tests(engines.staged(
-                    &layout.key()?,
-                    |dir| layout.lay(dir),
-                    "cp -a /host/. /usr/local/",
-                )?)
-            });
+            return once(&self.engines, || with_product(State::booted()?.with_engines()?));
+        }
+        if !needs.cgroups {
+            return once(&self.no_cgroups, || with_product(State::booted_without_cgroups()?));
         }
         if !needs.product {
             return once(&self.bare, || with_tests(State::booted()?));
@@ -144,8 +145,11 @@ impl Runner {
                 }
                 Ok(outcome.status == 0)
             }
-            Place::Direct if needs.engines => {
-                writeln!(output, "left out: the engines are run on the emulated host only")?;
+            Place::Direct if needs.engines || !needs.cgroups => {
+                writeln!(
+                    output,
+                    "left out: it would change what this machine keeps, so it runs on the emulated host only"
+                )?;
                 Ok(true)
             }
             Place::Direct => {

@@ -119,12 +119,8 @@ impl Sandbox {
         let listener = UnixListener::bind(socket(&plan.files.run))
             .context(|| format!("cannot listen on {}", socket(&plan.files.run).display()))?;
         let container = &mut plan.container;
-        if let Some(group) = &container.cgroup {
-            // Known before it is there, so that a failure on the way leaves nothing.
-            plan.root.save(container)?;
-            group.make()?;
-            group.limit(&plan.bundle.resources, container.machine_mib)?;
-        }
+        // Its cgroup is known before it is there, so that a failure on the way leaves nothing.
+        plan.root.save(container)?;
         let network = match &plan.bundle.network {
             Wanted::Existing(namespace) => namespace.clone(),
             Wanted::New => {
@@ -136,7 +132,7 @@ impl Sandbox {
         };
         let stand_in = StandIn::start(&network)?;
         if let Some(group) = &container.cgroup {
-            group.add(stand_in.pid)?;
+            group.make(stand_in.pid, &plan.bundle.resources, container.machine_mib)?;
         }
         container.pid = stand_in.pid;
         container.pid_start = start_of(container.pid).unwrap_or(0);

@@ -35,7 +35,7 @@ fn make(context: &Context, wish: &Create, detach: bool) -> Result<i32> {
     super::check_terminal(bundle.terminal, detach, wish.console_socket.is_some())?;
     let group = Cgroup::locate(&bundle.cgroups_path, context.systemd_cgroup, &wish.id)?;
     if group.is_none() {
-        context.log.debug("no cgroup2 at /sys/fs/cgroup: the sandbox is put into no cgroup of the host");
+        context.log.debug("no cgroup hierarchy is mounted: the sandbox is put into no cgroup of the host");
     }
     let machine_mib = bundle.shape()?.memory_mib;
     let files = context.root.reserve(&wish.id)?;

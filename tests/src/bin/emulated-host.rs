@@ -25,6 +25,9 @@ struct Arguments {
     /// With podman, dockerd and containerd
     #[arg(long)]
     engines: bool,
+    /// With no cgroup hierarchy mounted
+    #[arg(long)]
+    no_cgroups: bool,
     /// Real seconds after which the host is ended
     #[arg(long, default_value_t = 300)]
     timeout: u64,
@@ -47,7 +50,7 @@ fn main() -> Result<ExitCode> {
         words => words.iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" "),
     };
     let command = if share.is_some() { format!("cd /host; {command}") } else { command };
-    let mut state = State::booted()?;
+    let mut state = if arguments.no_cgroups { State::booted_without_cgroups()? } else { State::booted()? };
     if arguments.engines {
         state = state.with_engines()?;
     }

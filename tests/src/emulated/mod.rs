@@ -33,14 +33,24 @@ pub struct State {
 impl State {
     /// The host right after its boot. Builds the host's image and boots it when that was not done yet.
     pub fn booted() -> Result<Self> {
+        Self::booted_with("")
+    }
+
+    /// The same host without any cgroup hierarchy, to mount others than the unified one in it.
+    pub fn booted_without_cgroups() -> Result<Self> {
+        Self::booted_with("cgroups=none")
+    }
+
+    fn booted_with(more: &str) -> Result<Self> {
         let image = workspace::path_from_script(&workspace::root().join("tests/host/build"))?;
-        let name = format!("booted-{}", workspace::key([&*image.to_string_lossy(), &qemu::identity()?]));
+        let name =
+            format!("booted-{}", workspace::key([&*image.to_string_lossy(), &qemu::identity()?, more]));
         let dir = workspace::cached_dir(&workspace::host_cache(), &name, |dir| {
-            let mut host = Running::start(Qemu::boot(&image, dir)?)?;
+            let mut host = Running::start(Qemu::boot(&image, dir, more)?)?;
             host.wait_ready(Duration::from_secs(180)).context("boot the emulated host")?;
             host.qemu.save(dir)
         })?;
-        forget_old("booted-", &dir, 2)?;
+        forget_old("booted-", &dir, 4)?;
         Ok(Self { dir })
     }
 
@@ -84,7 +94,7 @@ impl State {
             host.qemu.save(dir)
         })?;
         // Their memory is some hundred megabytes each; a copy still in use stays alive without its name.
-        forget_old("staged-", &dir, 9)?;
+        forget_old("staged-", &dir, 11)?;
         Ok(Self { dir })
     }
 }

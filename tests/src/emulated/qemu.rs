@@ -66,12 +66,13 @@ pub struct Qemu {
 }
 
 impl Qemu {
-    /// A host that boots from `image`, its memory in `dir`, ready to be saved there.
-    pub fn boot(image: &Path, dir: &Path) -> Result<Self> {
+    /// A host that boots from `image` with `more` on its kernel's command line, its memory in `dir`, ready to be saved
+    /// there.
+    pub fn boot(image: &Path, dir: &Path, more: &str) -> Result<Self> {
         let file = |name: &str| image.join(name).into_os_string();
         let mut command = Command::new(PROGRAM);
         command.arg("-kernel").arg(file("vmlinuz")).arg("-initrd").arg(file("initramfs.cpio"));
-        command.args(["-append", KERNEL_COMMAND_LINE]);
+        command.args(["-append", &format!("{KERNEL_COMMAND_LINE} {more}")]);
         Self::spawn(command, &ram(&dir.join("memory"), true), Clock::Leaping, None, None)
     }
 

@@ -1,0 +1,272 @@
+//! The host's cgroup of a container: all that works for it is in there, so that the host's accounts and limits hold
+//! for monitor, file server and guest together, and engines find their figures. On a host with several hierarchies
+//! (cgroup v1, or v1 and v2: hybrid) it is a group in each.
+//!
+//! The container's own limits are the guest's to enforce, exactly. Here they are enforced once more, with room for what
+//! a machine costs besides the container, so that a container within its limits is never killed by the host.
+
+mod hierarchies;
+mod limits;
+mod members;
+mod oom;
+mod v1;
+mod v2;
+
+use std::fs;
+use std::io;
+use std::path::{Component, Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use bulkhead_runtime::{Context, Error, Result};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use self::limits::Limits;
+
+/// How long processes that were killed may take to leave.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// A container's group.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "Stored")]
+pub struct Cgroup {
+    groups: Vec<Group>,
+}
+
+/// Its part in one hierarchy.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Group {
+    dir: PathBuf,
+    /// Where the hierarchy is mounted.
+    mount: PathBuf,
+    /// Of v1: its controllers. `None`: it is the unified one.
+    controllers: Option<Vec<String>>,
+}
+
+/// What a container's state may hold.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Stored {
+    /// The directory, on v2: of containers made before there was more.
+    Unified(PathBuf),
+    Groups {
+        groups: Vec<Group>,
+    },
+}
+
+impl From<Stored> for Cgroup {
+    fn from(stored: Stored) -> Self {
+        let groups = match stored {
+            Stored::Unified(dir) => vec![Group { dir, mount: "/sys/fs/cgroup".into(), controllers: None }],
+            Stored::Groups { groups } => groups,
+        };
+        Self { groups }
+    }
+}
+
+impl Cgroup {
+    /// Where `linux.cgroupsPath` leads, `None` on a host without any hierarchy.
+    ///
+    /// # Errors
+    /// The path is none, or the host's hierarchies cannot be found.
+    pub fn locate(path: &str, systemd: bool, id: &str) -> Result<Option<Self>> {
+        let relative = match path {
+            "" => PathBuf::from(id),
+            path if systemd => unit(path)?,
+            path => PathBuf::from(path.trim_start_matches('/')),
+        };
+        if !is_plain(&relative) || relative.as_os_str().is_empty() {
+            return Err(Error::Usage(format!("linux.cgroupsPath {path:?} is no path of a cgroup")));
+        }
+        let from_root = systemd || path.starts_with('/');
+        let groups = hierarchies::find()?.into_iter().map(|hierarchy| {
+            // As runc: on v1 a path without `/` begins where the runtime is. On v2 there are processes, and then no groups.
+            let below = hierarchy.controllers.is_some() && !from_root && is_plain(&hierarchy.own);
+            let base = if below { hierarchy.mount.join(&hierarchy.own) } else { hierarchy.mount.clone() };
+            Group { dir: base.join(&relative), mount: hierarchy.mount, controllers: hierarchy.controllers }
+        });
+        let groups: Vec<_> = groups.collect();
+        Ok((!groups.is_empty()).then_some(Self { groups }))
+    }
+
+    /// Makes it with these limits (runtime-spec's `linux.resources`) and this process in it.
+    ///
+    /// # Errors
+    /// A hierarchy cannot be written, or the kernel refuses a limit.
+    pub fn make(&self, pid: i32, resources: &Value, machine_mib: u32) -> Result<()> {
+        for group in &self.groups {
+            match &group.controllers {
+                Some(all) => v1::make(&group.mount, &group.dir, all.iter().any(|one| one == "cpuset"))?,
+                None => v2::make(&group.mount, &group.dir)?,
+            }
+        }
+        self.limit(resources, machine_mib)?;
+        self.add(pid)
+    }
+
+    /// Moves a process into it.
+    ///
+    /// # Errors
+    /// It ended, or a hierarchy cannot be written.
+    pub fn add(&self, pid: i32) -> Result<()> {
+        self.groups.iter().try_for_each(|group| group.set("cgroup.procs", &pid.to_string()))
+    }
+
+    /// Sets limits, each as far as `resources` (runtime-spec's `linux.resources`) has it.
+    ///
+    /// # Errors
+    /// The host's kernel refuses one, or has no controller for it.
+    pub fn limit(&self, resources: &Value, machine_mib: u32) -> Result<()> {
+        let limits = Limits::of(resources, machine_mib);
+        for (file, value) in v1::files(&limits) {
+            if let Some(group) = self.of(file).filter(|group| group.controllers.is_some()) {
+                group.set(v1::name(&group.dir, file), &value)?;
+            }
+        }
+        for (file, value) in v2::files(&limits) {
+            match self.of(file) {
+                Some(group) if group.controllers.is_none() => group.set(file, &value)?,
+                Some(_) => {}
+                None => {
+                    return Err(Error::Usage(format!(
+                        "cannot limit {}: this host has no cgroup hierarchy with the controller; mount one, or ask for no limit",
+                        controller(file)
+                    )));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Where a file's controller is: in a hierarchy of v1 that is mounted, otherwise in the unified one.
+    fn of(&self, file: &str) -> Option<&Group> {
+        let has = |group: &&Group| {
+            group.controllers.as_ref().is_some_and(|all| all.iter().any(|one| one == controller(file)))
+        };
+        self.groups.iter().find(has).or_else(|| self.groups.iter().find(|group| group.controllers.is_none()))
+    }
+
+    /// Has the host's kernel count an out-of-memory kill in this group, which is where engines look for one: the guest's
+    /// kernel has killed the container's process, but nobody outside sees that. A process made for it is the victim.
+    pub fn report_oom(&self) {
+        if let Some(group) = self.of("memory.max") {
+            oom::report(&group.dir, group.controllers.is_some());
+        }
+    }
+
+    /// Ends what is left in it and removes it.
+    pub fn remove(&self) {
+        let start = Instant::now();
+        for group in &self.groups {
+            // Never more than this one: its ancestors are the engine's.
+            while let Err(error) = fs::remove_dir(&group.dir) {
+                if error.kind() != io::ErrorKind::ResourceBusy || start.elapsed() > PATIENCE {
+                    break;
+                }
+                members::kill(&group.dir);
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        }
+    }
+}
+
+impl Group {
+    fn set(&self, file: &str, value: &str) -> Result<()> {
+        let path = self.dir.join(file);
+        fs::write(&path, value).context(|| format!("cannot write {value:?} to {}", path.display()))
+    }
+}
+
+/// A file's controller, by v1's name.
+fn controller(file: &str) -> &str {
+    match file.split('.').next().unwrap_or(file) {
+        "io" => "blkio",
+        name => name,
+    }
+}
+
+fn is_plain(path: &Path) -> bool {
+    path.components().all(|part| matches!(part, Component::Normal(_)))
+}
+
+/// `slice:prefix:name` as the directory that systemd has for that scope.
+fn unit(path: &str) -> Result<PathBuf> {
+    let parts: Vec<_> = path.split(':').collect();
+    let [slice, prefix, name] = parts.as_slice() else {
+        return Err(Error::Usage(format!("linux.cgroupsPath {path:?} is not slice:prefix:name")));
+    };
+    let slice = if slice.is_empty() { "system.slice" } else { slice };
+    let stem = slice.strip_suffix(".slice").unwrap_or(slice);
+    let mut dir = PathBuf::new();
+    // a-b.slice is in a.slice; the root's slice is "-".
+    let ends = stem.match_indices('-').map(|(at, _)| at).chain([stem.len()]);
+    for end in ends.filter(|&end| end > 0 && stem != "-") {
+        dir.push(format!("{}.slice", stem.get(..end).unwrap_or(stem)));
+    }
+    let name = if name.ends_with(".slice") { (*name).to_owned() } else { scope(prefix, name) };
+    Ok(dir.join(name))
+}
+
+fn scope(prefix: &str, name: &str) -> String {
+    if prefix.is_empty() { format!("{name}.scope") } else { format!("{prefix}-{name}.scope") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn systemds_names_are_its_directories() {
+        let path = |text: &str| unit(text).map(|path| path.display().to_string());
+        assert_eq!(path("machine.slice:libpod:abc").unwrap(), "machine.slice/libpod-abc.scope");
+        assert_eq!(path("a-b.slice::x").unwrap(), "a.slice/a-b.slice/x.scope");
+        assert_eq!(path(":docker:1").unwrap(), "system.slice/docker-1.scope");
+        assert!(path("/docker/1").is_err());
+    }
+
+    #[test]
+    fn a_path_stays_below_the_root() {
+        for bad in ["/../x", "a/../../x", "/", "./x"] {
+            assert!(Cgroup::locate(bad, false, "id").is_err(), "{bad}");
+        }
+    }
+
+    fn group(dir: &Path, controllers: Option<&[&str]>) -> Group {
+        let controllers = controllers.map(|all| all.iter().map(|&one| one.to_owned()).collect());
+        Group { dir: dir.to_owned(), mount: dir.to_owned(), controllers }
+    }
+
+    #[test]
+    fn states_of_both_kinds_are_read() {
+        let old: Cgroup = serde_json::from_value(json!("/sys/fs/cgroup/engine/box")).unwrap();
+        assert_eq!(
+            old.groups.first().map(|group| group.dir.as_path()),
+            Some(Path::new("/sys/fs/cgroup/engine/box"))
+        );
+        let new =
+            Cgroup { groups: vec![group(Path::new("/a"), None), group(Path::new("/b"), Some(&["memory"]))] };
+        assert_eq!(serde_json::from_value::<Cgroup>(json!(new)).unwrap(), new);
+    }
+
+    #[test]
+    fn each_limit_goes_where_its_controller_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = |name: &str| {
+            let place = dir.path().join(name);
+            fs::create_dir(&place).unwrap();
+            place
+        };
+        let (memory, unified) = (place("memory"), place("unified"));
+        let resources = json!({"memory": {"limit": 1 << 20}, "cpu": {"shares": 1024}});
+        let hybrid = Cgroup { groups: vec![group(&unified, None), group(&memory, Some(&["memory"]))] };
+        hybrid.limit(&resources, 72).unwrap();
+        let value = |path: PathBuf| fs::read_to_string(path).ok();
+        assert_eq!(value(memory.join("memory.limit_in_bytes")).unwrap(), (200 << 20).to_string());
+        assert_eq!(value(unified.join("memory.max")), None);
+        assert_eq!(value(unified.join("cpu.weight")).unwrap(), "39");
+        let error = Cgroup { groups: vec![group(&memory, Some(&["memory"]))] }.limit(&resources, 72);
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains("cannot limit cpu"), "{error}");
+    }
+}
