@@ -22,6 +22,7 @@ mod oci_figures;
 mod oci_hooks;
 mod oci_host;
 mod oci_states;
+mod oci_systemd;
 mod podman;
 mod real_images;
 mod run;

@@ -9,6 +9,7 @@ mod hierarchies;
 mod limits;
 mod members;
 mod oom;
+mod systemd;
 mod v1;
 mod v2;
 
@@ -22,15 +23,20 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use self::limits::Limits;
+use self::systemd::{Legacy, Scope};
 
 /// How long processes that were killed may take to leave.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// How long those who listen for an out-of-memory kill have to look at it.
+const LISTENERS: Duration = Duration::from_millis(100);
 
 /// A container's group.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "Stored")]
 pub struct Cgroup {
     groups: Vec<Group>,
+    /// What systemd has made it for.
+    scope: Option<Scope>,
 }
 
 /// Its part in one hierarchy.
@@ -51,16 +57,19 @@ enum Stored {
     Unified(PathBuf),
     Groups {
         groups: Vec<Group>,
+        scope: Option<Scope>,
     },
 }
 
 impl From<Stored> for Cgroup {
     fn from(stored: Stored) -> Self {
-        let groups = match stored {
-            Stored::Unified(dir) => vec![Group { dir, mount: "/sys/fs/cgroup".into(), controllers: None }],
-            Stored::Groups { groups } => groups,
-        };
-        Self { groups }
+        match stored {
+            Stored::Unified(dir) => {
+                let group = Group { dir, mount: "/sys/fs/cgroup".into(), controllers: None };
+                Self { groups: vec![group], scope: None }
+            }
+            Stored::Groups { groups, scope } => Self { groups, scope },
+        }
     }
 }
 
@@ -68,12 +77,13 @@ impl Cgroup {
     /// Where `linux.cgroupsPath` leads, `None` on a host without any hierarchy.
     ///
     /// # Errors
-    /// The path is none, or the host's hierarchies cannot be found.
+    /// The path is none, the host's hierarchies cannot be found, or systemd is to be asked and does not run.
     pub fn locate(path: &str, systemd: bool, id: &str) -> Result<Option<Self>> {
-        let relative = match path {
-            "" => PathBuf::from(id),
-            path if systemd => unit(path)?,
-            path => PathBuf::from(path.trim_start_matches('/')),
+        let scope = if systemd { Some(Scope::new(path, id)?) } else { None };
+        let relative = match (&scope, path) {
+            (Some(scope), _) => scope.dir(),
+            (None, "") => PathBuf::from(id),
+            (None, path) => PathBuf::from(path.trim_start_matches('/')),
         };
         if !is_plain(&relative) || relative.as_os_str().is_empty() {
             return Err(Error::Usage(format!("linux.cgroupsPath {path:?} is no path of a cgroup")));
@@ -86,7 +96,7 @@ impl Cgroup {
             Group { dir: base.join(&relative), mount: hierarchy.mount, controllers: hierarchy.controllers }
         });
         let groups: Vec<_> = groups.collect();
-        Ok((!groups.is_empty()).then_some(Self { groups }))
+        Ok((!groups.is_empty()).then_some(Self { groups, scope }))
     }
 
     /// Makes it with these limits (runtime-spec's `linux.resources`) and this process in it.
@@ -94,13 +104,19 @@ impl Cgroup {
     /// # Errors
     /// A hierarchy cannot be written, or the kernel refuses a limit.
     pub fn make(&self, pid: i32, resources: &Value, machine_mib: u32) -> Result<()> {
+        let limits = Limits::of(resources, machine_mib);
+        if let Some(scope) = &self.scope {
+            scope.start(pid, &limits, self.legacy())?;
+        }
         for group in &self.groups {
             match &group.controllers {
+                // Also where systemd is asked: it has no words for some of them.
                 Some(all) => v1::make(&group.mount, &group.dir, all.iter().any(|one| one == "cpuset"))?,
+                None if self.scope.is_some() => {}
                 None => v2::make(&group.mount, &group.dir)?,
             }
         }
-        self.limit(resources, machine_mib)?;
+        self.write(&limits)?;
         self.add(pid)
     }
 
@@ -118,12 +134,19 @@ impl Cgroup {
     /// The host's kernel refuses one, or has no controller for it.
     pub fn limit(&self, resources: &Value, machine_mib: u32) -> Result<()> {
         let limits = Limits::of(resources, machine_mib);
-        for (file, value) in v1::files(&limits) {
+        if let Some(scope) = &self.scope {
+            scope.limit(&limits, self.legacy())?;
+        }
+        self.write(&limits)
+    }
+
+    fn write(&self, limits: &Limits) -> Result<()> {
+        for (file, value) in v1::files(limits) {
             if let Some(group) = self.of(file).filter(|group| group.controllers.is_some()) {
                 group.set(v1::name(&group.dir, file), &value)?;
             }
         }
-        for (file, value) in v2::files(&limits) {
+        for (file, value) in v2::files(limits) {
             match self.of(file) {
                 Some(group) if group.controllers.is_none() => group.set(file, &value)?,
                 Some(_) => {}
@@ -146,6 +169,11 @@ impl Cgroup {
         self.groups.iter().find(has).or_else(|| self.groups.iter().find(|group| group.controllers.is_none()))
     }
 
+    fn legacy(&self) -> Legacy {
+        let legacy = |file: &str| self.of(file).is_some_and(|group| group.controllers.is_some());
+        Legacy { cpu: legacy("cpu.shares"), disks: legacy("blkio.weight"), cpuset: legacy("cpuset.cpus") }
+    }
+
     /// Has the host's kernel count an out-of-memory kill in this group, which is where engines look for one: the guest's
     /// kernel has killed the container's process, but nobody outside sees that. A process made for it is the victim.
     pub fn report_oom(&self) {
@@ -154,9 +182,22 @@ impl Cgroup {
         }
     }
 
+    /// Keeps it for those who look at an out-of-memory kill when the container has ended (conmon does): systemd takes the
+    /// group away as soon as its last process, this one, has left.
+    pub fn linger(&self) {
+        if self.scope.is_some() {
+            std::thread::sleep(LISTENERS);
+        }
+    }
+
     /// Ends what is left in it and removes it.
     pub fn remove(&self) {
         let start = Instant::now();
+        if let Some(scope) = &self.scope {
+            // systemd would ask them to end, and wait.
+            self.groups.iter().for_each(|group| members::kill(&group.dir));
+            scope.stop();
+        }
         for group in &self.groups {
             // Never more than this one: its ancestors are the engine's.
             while let Err(error) = fs::remove_dir(&group.dir) {
@@ -189,41 +230,10 @@ fn is_plain(path: &Path) -> bool {
     path.components().all(|part| matches!(part, Component::Normal(_)))
 }
 
-/// `slice:prefix:name` as the directory that systemd has for that scope.
-fn unit(path: &str) -> Result<PathBuf> {
-    let parts: Vec<_> = path.split(':').collect();
-    let [slice, prefix, name] = parts.as_slice() else {
-        return Err(Error::Usage(format!("linux.cgroupsPath {path:?} is not slice:prefix:name")));
-    };
-    let slice = if slice.is_empty() { "system.slice" } else { slice };
-    let stem = slice.strip_suffix(".slice").unwrap_or(slice);
-    let mut dir = PathBuf::new();
-    // a-b.slice is in a.slice; the root's slice is "-".
-    let ends = stem.match_indices('-').map(|(at, _)| at).chain([stem.len()]);
-    for end in ends.filter(|&end| end > 0 && stem != "-") {
-        dir.push(format!("{}.slice", stem.get(..end).unwrap_or(stem)));
-    }
-    let name = if name.ends_with(".slice") { (*name).to_owned() } else { scope(prefix, name) };
-    Ok(dir.join(name))
-}
-
-fn scope(prefix: &str, name: &str) -> String {
-    if prefix.is_empty() { format!("{name}.scope") } else { format!("{prefix}-{name}.scope") }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use serde_json::json;
-
-    #[test]
-    fn systemds_names_are_its_directories() {
-        let path = |text: &str| unit(text).map(|path| path.display().to_string());
-        assert_eq!(path("machine.slice:libpod:abc").unwrap(), "machine.slice/libpod-abc.scope");
-        assert_eq!(path("a-b.slice::x").unwrap(), "a.slice/a-b.slice/x.scope");
-        assert_eq!(path(":docker:1").unwrap(), "system.slice/docker-1.scope");
-        assert!(path("/docker/1").is_err());
-    }
 
     #[test]
     fn a_path_stays_below_the_root() {
@@ -244,8 +254,10 @@ mod tests {
             old.groups.first().map(|group| group.dir.as_path()),
             Some(Path::new("/sys/fs/cgroup/engine/box"))
         );
-        let new =
-            Cgroup { groups: vec![group(Path::new("/a"), None), group(Path::new("/b"), Some(&["memory"]))] };
+        let new = Cgroup {
+            groups: vec![group(Path::new("/a"), None), group(Path::new("/b"), Some(&["memory"]))],
+            scope: Scope::parse("machine.slice:libpod:abc", "").ok(),
+        };
         assert_eq!(serde_json::from_value::<Cgroup>(json!(new)).unwrap(), new);
     }
 
@@ -259,13 +271,15 @@ mod tests {
         };
         let (memory, unified) = (place("memory"), place("unified"));
         let resources = json!({"memory": {"limit": 1 << 20}, "cpu": {"shares": 1024}});
-        let hybrid = Cgroup { groups: vec![group(&unified, None), group(&memory, Some(&["memory"]))] };
+        let hybrid =
+            Cgroup { groups: vec![group(&unified, None), group(&memory, Some(&["memory"]))], scope: None };
         hybrid.limit(&resources, 72).unwrap();
         let value = |path: PathBuf| fs::read_to_string(path).ok();
         assert_eq!(value(memory.join("memory.limit_in_bytes")).unwrap(), (200 << 20).to_string());
         assert_eq!(value(unified.join("memory.max")), None);
         assert_eq!(value(unified.join("cpu.weight")).unwrap(), "39");
-        let error = Cgroup { groups: vec![group(&memory, Some(&["memory"]))] }.limit(&resources, 72);
+        let error =
+            Cgroup { groups: vec![group(&memory, Some(&["memory"]))], scope: None }.limit(&resources, 72);
         let error = error.unwrap_err().to_string();
         assert!(error.contains("cannot limit cpu"), "{error}");
     }

@@ -106,7 +106,11 @@ fn live(plan: Plan, created: &mut bool) -> Result<End> {
     let outcome = sandbox.live(created);
     let end = outcome.as_ref().ok().copied().unwrap_or(End { code: 255, ..End::default() });
     sandbox.put_away(end.oom);
+    let group = sandbox.plan.container.cgroup.take();
     sandbox.stand_in.end(end.code, end.signal);
+    if let (true, Some(group)) = (end.oom, group) {
+        group.linger();
+    }
     outcome
 }
 
