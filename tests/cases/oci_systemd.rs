@@ -26,6 +26,25 @@ exec /usr/bin/unshare --pid --fork --mount --kill-child --mount-proc sh -c "echo
 umount /sys/fs/cgroup && mount -t cgroup2 cgroup /sys/fs/cgroup && mount -t tmpfs -o mode=755 run /run || exit
 exec /usr/lib/systemd/systemd --system --unit=test.target --log-target=console"'"#;
 
+/// The system bus as systemd wants it before it goes there: its socket and its daemon are units of these names.
+const BUS: &[(&str, &str)] = &[
+    (
+        "units/dbus.socket",
+        "[Unit]\nDefaultDependencies=no\n[Socket]\nListenStream=/run/dbus/system_bus_socket\n",
+    ),
+    (
+        "units/dbus.service",
+        "[Unit]\nDefaultDependencies=no\nRequires=dbus.socket\n[Service]\nExecStart=/usr/bin/dbus-daemon \
+         --config-file=@work@/bus.conf --address=systemd: --nofork --nopidfile\n",
+    ),
+    (
+        "bus.conf",
+        "<busconfig><type>system</type><auth>EXTERNAL</auth><listen>unix:path=/run/dbus/system_bus_socket</listen>\
+         <policy context='default'><allow user='*'/><allow send_destination='*' eavesdrop='true'/>\
+         <allow eavesdrop='true'/><allow own='*'/></policy></busconfig>",
+    ),
+];
+
 /// A systemd that runs until it is dropped.
 struct Systemd<'a> {
     host: &'a Host,
@@ -37,6 +56,9 @@ impl<'a> Systemd<'a> {
     fn start(host: &'a Host) -> Result<Self> {
         for unit in ["test.target", "system.slice", "machine.slice"] {
             host.file(&format!("units/{unit}"), "[Unit]\nDefaultDependencies=no\n")?;
+        }
+        for (name, text) in BUS {
+            host.file(name, text.replace("@work@", &host.work().display().to_string()))?;
         }
         fs::create_dir(TOP)?;
         let line = format!("({START}) </dev/null >{} 2>&1", host.work().join("systemd.log").display());
@@ -61,6 +83,16 @@ impl<'a> Systemd<'a> {
 
     fn call(&self, dir: &str, words: &[&str]) -> Result<Finished> {
         self.program(dir, words).run()
+    }
+
+    /// From now on it is reached over the system bus alone.
+    fn only_by_bus(&self) -> Result<()> {
+        self.call("/", &["systemctl", "start", "dbus.socket", "dbus.service"])?.ok()?;
+        self.call("/", &["rm", "/run/systemd/private"])?.ok()?;
+        // Then systemctl goes there too.
+        self.host.eventually("systemd is on the bus", PATIENCE, || {
+            Ok(self.call("/", &["systemctl", "is-system-running"])?.status == 0)
+        })
     }
 
     fn says(&self, unit: &str, property: &str) -> Result<String> {
@@ -148,8 +180,11 @@ fn its_scope_is_systemds(host: &Host) -> Result<()> {
 
     let systemd = Systemd::start(host)?;
     let container = Container { systemd: &systemd, bundle };
-    // Twice: the first one's name is free again.
-    for _ in 0..2 {
+    // Over its own socket, then over the bus; the name is free again each time.
+    for by_bus in [false, true] {
+        if by_bus {
+            systemd.only_by_bus()?;
+        }
         container.call(&["run", "-d", "c1"])?;
         let members = fs::read_to_string(Container::group().join("cgroup.procs"))?;
         let name = |pid: &str| fs::read_to_string(format!("/proc/{pid}/comm"));
