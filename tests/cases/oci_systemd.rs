@@ -230,7 +230,8 @@ fn its_scope_is_systemds(host: &Host) -> Result<()> {
     let stand_in = members.lines().find(stands).context("no stand-in")?;
     container.call(&["start", "c1"])?;
     host.eventually("its end", PATIENCE, || Ok(!Path::new("/proc").join(stand_in).exists()))?;
-    let events = fs::read_to_string(Container::group().join("memory.events"))?;
+    let events = fs::read_to_string(Container::group().join("memory.events"))
+        .context("the group is gone before anybody can look")?;
     ensure!(events.contains("oom_kill 1\n"), "the host's cgroup knows of no OOM: {events}");
     container.call(&["delete", "c1"])?;
     Ok(())
