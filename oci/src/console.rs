@@ -1,7 +1,6 @@
 //! The terminal of a container: a pair on the host whose master the engine gets, and whose slave is one end of the
 //! relay to the terminal in the guest. That one does the line discipline; this one is raw.
 
-use std::fs::File;
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
@@ -71,14 +70,6 @@ pub fn ends(terminal: bool, socket: Option<&Path>) -> Result<(Ends, Option<Owned
     let clone = || slave.try_clone().context(what);
     let ends = Ends { input: Some(clone()?), output: Some(clone()?), ..Ends::default() };
     Ok((ends, Some(slave)))
-}
-
-/// Lets go of the standard streams: whoever waits for their end must not wait for this process.
-pub fn let_go() {
-    let Ok(null) = File::options().read(true).write(true).open("/dev/null") else { return };
-    let _ = rustix::stdio::dup2_stdin(&null);
-    let _ = rustix::stdio::dup2_stdout(&null);
-    let _ = rustix::stdio::dup2_stderr(&null);
 }
 
 /// Rows and columns of a terminal.

@@ -7,7 +7,7 @@ use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use bulkhead_runtime::network::NamespaceRef;
-use bulkhead_runtime::{Context, Error, Result};
+use bulkhead_runtime::{Context, Error, Result, null};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
@@ -61,7 +61,8 @@ fn one(kind: &str, number: usize, hook: &Hook, state: &Value, network: Option<Bo
     }
     command.env_clear().envs(hook.env.iter().filter_map(|entry| entry.split_once('=')));
     // In a group of its own, so that what it has started can be ended with it.
-    command.process_group(0).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
+    let output = null::stdio().context(what)?;
+    command.process_group(0).stdin(Stdio::piped()).stdout(output).stderr(Stdio::piped());
     if let Some(network) = network {
         let network = network.try_clone_to_owned().context(what)?;
         let enter = move || {

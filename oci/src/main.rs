@@ -9,6 +9,7 @@ mod config;
 mod console;
 mod hooks;
 mod log;
+mod pod;
 mod sandbox;
 mod store;
 mod verbs;

@@ -16,6 +16,7 @@ use bulkhead_runtime::{Context, Error, Layout, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::cgroup::Cgroup;
+use crate::pod::Pod;
 
 /// Version of runtime-spec that the state follows.
 pub const SPEC_VERSION: &str = "1.3.0";
@@ -125,8 +126,35 @@ pub struct Container {
     /// Memory of its machine, MiB.
     #[serde(default)]
     pub machine_mib: u32,
+    /// The file server of its machine, once there is one.
+    #[serde(default)]
+    pub server: Option<ProcessId>,
+    /// The container whose machine it runs in, if that is not its own.
+    #[serde(default)]
+    pub pod: Option<Pod>,
     /// Who called `create`.
     pub owner: u32,
+}
+
+/// A process, for as long as it lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessId {
+    /// Its pid.
+    pub pid: i32,
+    /// When it started, in clock ticks after boot: pids are used again.
+    pub start: u64,
+}
+
+impl ProcessId {
+    /// The process that has this pid now.
+    pub fn of(pid: i32) -> Option<Self> {
+        Some(Self { pid, start: start_of(pid)? })
+    }
+
+    /// Whether it lives.
+    pub fn lives(self) -> bool {
+        start_of(self.pid) == Some(self.start)
+    }
 }
 
 /// A root directory of containers.
@@ -247,6 +275,11 @@ impl Root {
 }
 
 impl Container {
+    /// The monitor's socket to the guest.
+    pub fn vsock(&self) -> PathBuf {
+        self.pod.as_ref().map_or(&self.run, |pod| &pod.run).join("vsock")
+    }
+
     /// Where it is in its life, as the kernel has it.
     pub fn status(&self) -> Status {
         if self.lives() { self.status } else { Status::Stopped }

@@ -10,7 +10,7 @@ use crate::spec::{self, ProcessUser};
 use crate::state::{Files, RECORD_VERSION, Record, Reservation, Status, now_ns, private_dir, remove_files};
 use crate::supervise::{self, Ask, Plan, Tell, Wire};
 use crate::terminal::{DEFAULT_DETACH_KEYS, DetachKeys, Raw, Signals};
-use crate::{Artefacts, Error, Layout, Result, names, terminal};
+use crate::{Artefacts, Error, Layout, Result, names, null, terminal};
 
 /// How `run` ended for its caller.
 #[derive(Debug)]
@@ -220,11 +220,8 @@ fn become_supervisor() {
     Signals::unblock();
     let _ = rustix::process::setsid();
     let _ = std::env::set_current_dir("/");
-    let Ok(null) = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null") else { return };
     // The relay has descriptors of its own for what it needs of these, and lets go of them when the caller does.
-    let _ = rustix::stdio::dup2_stdin(&null);
-    let _ = rustix::stdio::dup2_stdout(&null);
-    let _ = rustix::stdio::dup2_stderr(&null);
+    null::let_go_of_streams();
 }
 
 /// So many signals that would end a program mean it.

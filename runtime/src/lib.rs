@@ -18,6 +18,7 @@ pub mod logs;
 pub mod monitor;
 pub mod names;
 pub mod network;
+pub mod null;
 pub mod options;
 mod paths;
 pub mod relay;

@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -14,7 +14,7 @@ use vmm::config::{BootConfig, Config, ConsoleConfig, DiskConfig, MachineConfig, 
 use crate::network::{self, Network};
 use crate::shares::Server;
 use crate::state::Files;
-use crate::{Artefacts, Context, Error, Result};
+use crate::{Artefacts, Context, Error, Result, null};
 
 /// What the guest's kernel and agent need beside the container, in MiB.
 const OVERHEAD_MIB: u64 = 64;
@@ -34,6 +34,7 @@ const CMDLINE: &str = "console=hvc0 quiet panic=-1 reboot=k noreplace-smp initca
     dummy.numdummies=0";
 
 /// The shape of a machine.
+#[derive(Debug)]
 pub struct Shape {
     /// Virtual processors, 1 to 32.
     pub vcpus: u8,
@@ -138,7 +139,7 @@ impl Monitor {
             .arg(&path)
             .arg("--die-with-parent")
             .current_dir("/")
-            .stdin(Stdio::null())
+            .stdin(null::stdio().context(what)?)
             .stdout(log.try_clone().context(what)?)
             .stderr(log);
         if let Some(server) = &shares {

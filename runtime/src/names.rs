@@ -1,7 +1,5 @@
 //! Container ids and the names that people read.
 
-use std::io::Read;
-
 use crate::{Context, Error, Result};
 
 const ADJECTIVES: [&str; 16] = [
@@ -40,11 +38,17 @@ pub fn new_id() -> Result<String> {
 /// Fills `bytes` from the kernel's random number generator.
 ///
 /// # Errors
-/// `/dev/urandom` cannot be read.
+/// The kernel has none to give. Their device need not be there: a container's cgroup may forbid to open it.
 pub fn random(bytes: &mut [u8]) -> Result<()> {
-    std::fs::File::open("/dev/urandom")
-        .and_then(|mut file| file.read_exact(bytes))
-        .context(|| "cannot read random bytes from /dev/urandom".into())
+    let mut rest = bytes;
+    while !rest.is_empty() {
+        match rustix::rand::getrandom(&mut *rest, rustix::rand::GetRandomFlags::empty()) {
+            Ok(filled) => rest = rest.get_mut(filled..).unwrap_or_default(),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => return Err(errno).context(|| "cannot get random bytes from the kernel".into()),
+        }
+    }
+    Ok(())
 }
 
 /// A name made from an id, for a container that was given none; `attempt` makes the next one unlike the last.

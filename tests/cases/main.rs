@@ -24,6 +24,7 @@ mod oci_host;
 mod oci_states;
 mod oci_systemd;
 mod podman;
+mod pods;
 mod real_images;
 mod run;
 mod terminal;

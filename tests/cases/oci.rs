@@ -14,6 +14,9 @@ use serde_json::{Value, json};
 
 pub const NEEDS: Needs = Needs::deadline(Needs::bulkhead(), 60);
 
+/// What passes with the one must pass with the other.
+pub const RUNTIMES: [&str; 2] = ["runc", "bulkhead-oci"];
+
 /// A bundle of busybox, and a runtime to run it with.
 pub struct Bundle {
     pub dir: PathBuf,
@@ -23,7 +26,12 @@ pub struct Bundle {
 
 impl Bundle {
     pub fn new(host: &Host, runtime: &'static str) -> Result<Self> {
-        let dir = host.work().join(runtime);
+        Self::named(host, runtime, "")
+    }
+
+    /// One of several, whose containers the same runtime knows.
+    pub fn named(host: &Host, runtime: &'static str, name: &str) -> Result<Self> {
+        let dir = host.work().join(format!("{runtime}{name}"));
         let bin = dir.join("rootfs/bin");
         fs::create_dir_all(&bin)?;
         fs::copy("/usr/bin/busybox", bin.join("busybox"))?;
@@ -106,7 +114,7 @@ impl Bundle {
 
 /// The same steps with both, since whatever passes here passes with what engines know.
 pub fn both(host: &Host, steps: impl Fn(&Bundle) -> Result<()>) -> Result<()> {
-    for runtime in ["runc", "bulkhead-oci"] {
+    for runtime in RUNTIMES {
         steps(&Bundle::new(host, runtime)?).with_context(|| format!("with {runtime}"))?;
     }
     Ok(())

@@ -64,7 +64,7 @@ fn with(host: &Host, runtime: &'static str) -> Result<()> {
     side_by_side(&[(name, Podman { host, runtime })], &steps())
 }
 
-fn steps<'a>() -> [Step<Podman<'a>>; 15] {
+fn steps<'a>() -> [Step<Podman<'a>>; 17] {
     [
         ("run: output, status", run),
         ("run: user, env, workdir, hostname", identity),
@@ -78,6 +78,8 @@ fn steps<'a>() -> [Step<Podman<'a>>; 15] {
         ("published port", port),
         ("pause, unpause", pause),
         ("stop, kill, wait, restart", ends),
+        ("one network for two containers", shared_network),
+        ("a pod (not with runc)", pod),
         ("build", build),
         ("-it: a terminal", terminal),
         ("nothing left running", nothing_left),
@@ -197,6 +199,46 @@ fn port(podman: &Podman<'_>) -> Result<()> {
         Ok(podman.host.run(["wget", "-q", "-O", "-", "http://127.0.0.1:8080/f"])?.stdout() == "served\n")
     })?;
     podman.remove("web")
+}
+
+fn shared_network(podman: &Podman<'_>) -> Result<()> {
+    let server = "echo served >/f; touch /dev/shm/f; while :; do nc -l -p 80 </f; done";
+    podman.start("first", &["--ipc", "shareable"], server)?;
+    let flags = ["--network", "container:first", "--ipc", "container:first", "--pid", "container:first"];
+    podman.host.eventually("its server", Duration::from_secs(10), || {
+        Ok(podman.shell(&flags, "nc 127.0.0.1 80")?.stdout() == "served\n")
+    })?;
+    let address = "ip -4 -o addr show eth0 | awk '{print $4}'";
+    let script = format!("ls /dev/shm; test -e /f || echo alone; kill -0 1 && {address}");
+    let second = podman.shell(&flags, &script)?.ok()?.stdout();
+    let address = podman.call(&["exec", "first", "sh", "-c", address])?.ok()?.stdout();
+    ensure!(second == format!("f\nalone\n{address}"), "the second says {second:?}");
+    podman.remove("first")
+}
+
+fn pod(podman: &Podman<'_>) -> Result<()> {
+    if podman.runtime == "runc" {
+        // Without systemd, podman 4.3 puts pods into a cgroup in which no device can be opened: runc fails there.
+        return Ok(());
+    }
+    let infra = ["--infra-image", IMAGE, "--infra-command", "sleep 1000"];
+    podman.call(&[&["pod", "create", "--name", "p", "-p", "8081:80"], &infra[..]].concat())?.ok()?;
+    let server = "mkdir /www; echo served >/www/f; exec httpd -f -p 80 -h /www";
+    podman.start("web", &["--pod", "p"], server)?;
+    podman.host.eventually("the port", Duration::from_secs(20), || {
+        Ok(podman.host.run(["wget", "-q", "-O", "-", "http://127.0.0.1:8081/f"])?.stdout() == "served\n")
+    })?;
+    let flags = ["--pod", "p", "-m", "32m"];
+    let script = "hostname; wget -q -O - http://127.0.0.1/f; cat /sys/fs/cgroup/memory.max";
+    podman.shell(&flags, script)?.ok()?.stdout_is("p\nserved\n33554432\n")?;
+    podman.shell(&flags, "tail /dev/zero")?.status_is(137)?;
+    podman.call(&["exec", "web", "cat", "/www/f"])?.ok()?.stdout_is("served\n")?;
+    podman.call(&["restart", "-t", "0", "web"])?.ok()?;
+    podman.host.run(["pgrep", "-c", "bulkhead-vmm"])?.ok()?.stdout_is("1\n")?;
+    podman.call(&["pod", "stop", "-t", "0", "p"])?.ok()?;
+    podman.call(&["pod", "start", "p"])?.ok()?;
+    podman.call(&["pod", "rm", "-f", "-t", "0", "p"])?.ok()?;
+    Ok(())
 }
 
 fn pause(podman: &Podman<'_>) -> Result<()> {

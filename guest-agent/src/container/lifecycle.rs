@@ -20,7 +20,7 @@ use super::process::{Exit, Process, Slot, State};
 use super::rootfs::Rootfs;
 use super::seccomp::Filter;
 use super::spec::{self, Spec};
-use super::{Container, check_id};
+use super::{Container, check_id, shared};
 use crate::agent::{Agent, Source};
 use crate::error::{Code, Context, Error, Result};
 use crate::hw;
@@ -48,9 +48,10 @@ impl Agent {
         if self.containers.contains_key(id) {
             return Err(Error::new(Code::AlreadyExists, format!("container {id} exists")));
         }
-        let spec = Spec::parse(&request.spec)?;
-        let namespaces = Namespaces::from_spec(&spec.linux)?;
+        let mut spec = Spec::parse(&request.spec)?;
+        let mut namespaces = Namespaces::from_spec(&spec.linux, |id| self.init_of(id))?;
         let seccomp = spec.linux.seccomp.as_ref().map(Filter::compile).transpose()?;
+        shared::take(&mut spec.mounts)?;
         let mut rootfs =
             Rootfs::mount(id, request.rootfs.as_ref().unwrap_or(&Layers::default()), &mut self.layers)?;
         let created = Cgroup::create(id, &spec.linux.resources, &self.machine).and_then(|cgroup| match self
@@ -70,6 +71,7 @@ impl Agent {
                 return Err(error);
             }
         };
+        namespaces.let_go();
         let init = self.adopt(child, id, "", ticket, true);
         let oom_score_adj = spec.process.as_ref().and_then(|process| process.oom_score_adj);
         let container = Container {
@@ -77,6 +79,7 @@ impl Agent {
             init,
             execs: BTreeMap::new(),
             cgroup,
+            shares: shared::below_shares(request, &spec.mounts),
             rootfs,
             namespaces,
             seccomp,
@@ -107,7 +110,8 @@ impl Agent {
         if namespaces.shares_net() {
             loopback_up()?;
         }
-        let child = start_child(process, &asked, seccomp, None, fork, |common| {
+        let keep: Vec<_> = namespaces.files().collect();
+        let child = start_child(process, &asked, seccomp, &keep, fork, |common| {
             let init =
                 Init { spec, namespaces, rootfs: &rootfs.path, cgroup: cgroup.path(), files: &request.files };
             child::init(common, &init)
@@ -137,7 +141,7 @@ impl Agent {
         let pidfd = init.pidfd.as_fd();
         let cgroup = container.cgroup.for_exec(init.pid)?;
         let fork = || fork_beside(pidfd, cgroup.as_fd());
-        let child = start_child(&process, &asked, container.seccomp.as_ref(), Some(pidfd), fork, |common| {
+        let child = start_child(&process, &asked, container.seccomp.as_ref(), &[pidfd], fork, |common| {
             child::exec(common, pidfd, &container.namespaces, container.oom_score_adj)
         })?;
         let id = self.adopt(child, &request.container, &request.exec, ticket, request.hold);
@@ -334,6 +338,7 @@ impl Agent {
             }
             self.processes.retain(|_, process| process.container != id);
             let done = container.cgroup.remove().and(container.rootfs.unmount(&mut self.layers));
+            shared::forget(&container.shares);
             if let Some((caller, error)) = container.never_created {
                 self.answer::<Empty>(caller, Err(error));
             }
@@ -369,6 +374,15 @@ impl Agent {
         self.containers.get(id).ok_or_else(|| no_container(id))
     }
 
+    /// The pid of a container's init, which has not ended.
+    fn init_of(&self, id: &str) -> Result<i32> {
+        let init = self.processes.get(&self.container(id)?.init);
+        let living = init.filter(|init| !init.state.has_ended() && !matches!(init.state, State::SettingUp));
+        living.map(|init| init.pid).ok_or_else(|| {
+            Error::precondition(format!("container {id} has ended: its namespaces cannot be joined"))
+        })
+    }
+
     fn container_mut(&mut self, id: &str) -> Result<&mut Container> {
         self.containers.get_mut(id).ok_or_else(|| no_container(id))
     }
@@ -394,7 +408,7 @@ fn start_child(
     process: &spec::Process,
     asked: &Stdio,
     seccomp: Option<&Filter>,
-    keep: Option<BorrowedFd<'_>>,
+    keep: &[BorrowedFd<'_>],
     fork: impl FnOnce() -> Result<Forked>,
     body: impl FnOnce(&Common<'_>) -> Result<Infallible>,
 ) -> Result<Child> {
@@ -410,7 +424,8 @@ fn start_child(
         }
         Forked::Child => {
             let streams = [&stdio.stdin, &stdio.stdout, &stdio.stderr].into_iter().flatten();
-            let keep: Vec<_> = streams.chain([&theirs]).map(OwnedFd::as_fd).chain(keep).collect();
+            let keep: Vec<_> =
+                streams.chain([&theirs]).map(OwnedFd::as_fd).chain(keep.iter().copied()).collect();
             child::close_all_but(&keep);
             child::run(theirs, |channel| body(&Common { channel, stdio, process, seccomp, capabilities }))
         }

@@ -13,10 +13,12 @@ pub mod namespaces;
 pub mod process;
 pub mod rootfs;
 pub mod seccomp;
+mod shared;
 pub mod spec;
 pub mod terminal;
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use crate::error::{Error, Result};
 use crate::rpc::Ticket;
@@ -38,6 +40,8 @@ pub struct Container {
     pub cgroup: Cgroup,
     /// Its root.
     pub rootfs: Rootfs,
+    /// What it has of the host's files.
+    shares: Vec<PathBuf>,
     /// Its namespaces, for execs to join.
     pub namespaces: Namespaces,
     seccomp: Option<Filter>,

@@ -9,13 +9,18 @@ use super::spec::{IdMapping, Linux};
 use crate::error::{Context, Error, Result, check};
 
 /// The namespaces of a container: which are made and which are joined.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 pub struct Namespaces {
     /// `CLONE_NEW…` of those to make.
     pub create: u64,
-    /// Those to join: flag and path in the agent's own mount namespace.
-    pub join: Vec<(u64, String)>,
+    /// `CLONE_NEW…` of those that are another's.
+    pub joined: u64,
+    /// The joined ones, until the container's init is in them.
+    join: Vec<(u64, OwnedFd)>,
 }
+
+/// Before the id of a container whose namespace is meant, in the place of a path.
+const CONTAINER: &str = "container:";
 
 const USER: u64 = libc::CLONE_NEWUSER as u64;
 const PID: u64 = libc::CLONE_NEWPID as u64;
@@ -26,11 +31,12 @@ const INTO_CGROUP: u64 = 1 << 33;
 const CGROUP: u64 = libc::CLONE_NEWCGROUP as u64;
 
 impl Namespaces {
-    /// Reads `linux.namespaces`.
+    /// Reads `linux.namespaces`. A path is one of the agent's own mount namespace, or `container:ID`; `init_of` knows the
+    /// pid of that container's init.
     ///
     /// # Errors
-    /// `INVALID_ARGUMENT` for a kind that does not exist, comes twice, or makes no sense.
-    pub fn from_spec(linux: &Linux) -> Result<Self> {
+    /// `INVALID_ARGUMENT` for a kind that does not exist, comes twice, or makes no sense; what is joined is not there.
+    pub fn from_spec(linux: &Linux, init_of: impl Fn(&str) -> Result<i32>) -> Result<Self> {
         let mut namespaces = Self::default();
         let mut seen = 0;
         for namespace in &linux.namespaces {
@@ -52,14 +58,17 @@ impl Namespaces {
             seen |= flag;
             if namespace.path.is_empty() {
                 namespaces.create |= flag;
-            } else if flag == PID || flag == MOUNT || flag == USER {
-                // A joined mount namespace would be someone else's root; the other two would need a second fork.
-                return Err(Error::invalid(format!(
-                    "not supported: joining a {} namespace by path",
-                    namespace.kind
-                )));
+            } else if flag == MOUNT || flag == USER {
+                // A joined mount namespace would be someone else's root; the other would need a second fork.
+                return Err(Error::invalid(format!("not supported: joining a {} namespace", namespace.kind)));
             } else {
-                namespaces.join.push((flag, namespace.path.clone()));
+                let path = match namespace.path.strip_prefix(CONTAINER) {
+                    Some(id) => format!("/proc/{}/ns/{}", init_of(id)?, file_name(flag)),
+                    None => namespace.path.clone(),
+                };
+                let file = fs::File::open(&path).context(|| format!("open namespace {path}"))?;
+                namespaces.join.push((flag, file.into()));
+                namespaces.joined |= flag;
             }
         }
         if namespaces.create & MOUNT == 0 {
@@ -90,7 +99,7 @@ impl Namespaces {
 
     /// Whether the container uses the guest's own network, whose loopback nothing else brings up.
     pub fn shares_net(&self) -> bool {
-        !self.has_net() && self.join.iter().all(|(flag, _)| *flag != NET)
+        (self.create | self.joined) & NET == 0
     }
 
     /// Whether `/sys/fs/cgroup` starts at the container's own group.
@@ -104,19 +113,34 @@ impl Namespaces {
     /// # Errors
     /// What clone3 says.
     pub fn fork(&self, cgroup: BorrowedFd<'_>) -> Result<Forked> {
-        fork(self.create & !CGROUP, Some(cgroup))
+        let fork = || fork(self.create & !CGROUP, Some(cgroup));
+        match self.join.iter().find(|(flag, _)| *flag == PID) {
+            Some((_, namespace)) => {
+                let kind = Some(LinkNameSpaceType::ProcessID);
+                fork_with_pids(|| rustix::thread::move_into_link_name_space(namespace.as_fd(), kind), fork)
+            }
+            None => fork(),
+        }
     }
 
-    /// Child: joins the namespaces given by path, and makes the cgroup namespace.
+    /// What the child needs for [`Self::enter`].
+    pub fn files(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.join.iter().map(|(_, file)| file.as_fd())
+    }
+
+    /// Lets go of the joined ones, which end with their last process then.
+    pub fn let_go(&mut self) {
+        self.join.clear();
+    }
+
+    /// Child: joins the namespaces of others (that of pids it was forked into), and makes the cgroup namespace.
     ///
     /// # Errors
-    /// A path that is not such a namespace.
+    /// What was named is no such namespace.
     pub fn enter(&self) -> Result<()> {
-        for (flag, path) in &self.join {
-            let file = fs::File::open(path).context(|| format!("open namespace {path}"))?;
-            let kind = Some(link_type(*flag));
-            rustix::thread::move_into_link_name_space(file.as_fd(), kind)
-                .context(|| format!("join namespace {path}"))?;
+        for (flag, file) in self.join.iter().filter(|(flag, _)| *flag != PID) {
+            rustix::thread::move_into_link_name_space(file.as_fd(), Some(link_type(*flag)))
+                .context(|| format!("join a {} namespace", file_name(*flag)))?;
         }
         if self.has_cgroup() {
             // SAFETY: only the cgroup namespace changes; no memory or descriptor table is unshared.
@@ -128,8 +152,7 @@ impl Namespaces {
 
     /// What an exec joins, by the init's pidfd. Its pid namespace is joined by the agent before it forks.
     pub fn exec_flags(&self) -> ThreadNameSpaceType {
-        let joined = self.join.iter().fold(0, |all, (flag, _)| all | flag);
-        ThreadNameSpaceType::from_bits_truncate(((self.create | joined) & !PID) as u32)
+        ThreadNameSpaceType::from_bits_truncate(((self.create | self.joined) & !PID) as u32)
     }
 }
 
@@ -139,6 +162,17 @@ fn link_type(flag: u64) -> LinkNameSpaceType {
         CGROUP => LinkNameSpaceType::ControlGroup,
         flag if flag == libc::CLONE_NEWUTS as u64 => LinkNameSpaceType::HostNameAndNISDomainName,
         _ => LinkNameSpaceType::InterProcessCommunication,
+    }
+}
+
+/// Its name below `/proc/PID/ns`.
+fn file_name(flag: u64) -> &'static str {
+    match flag {
+        PID => "pid",
+        NET => "net",
+        CGROUP => "cgroup",
+        flag if flag == libc::CLONE_NEWUTS as u64 => "uts",
+        _ => "ipc",
     }
 }
 
@@ -181,10 +215,18 @@ pub fn fork(flags: u64, cgroup: Option<BorrowedFd<'_>>) -> Result<Forked> {
 /// # Errors
 /// The process has ended.
 pub fn fork_beside(init: BorrowedFd<'_>, cgroup: BorrowedFd<'_>) -> Result<Forked> {
+    let join = || rustix::thread::move_into_thread_name_spaces(init, ThreadNameSpaceType::PROCESS_ID);
+    fork_with_pids(join, || fork(0, Some(cgroup)))
+}
+
+/// Forks into the pid namespace that `join` makes that of future children.
+fn fork_with_pids(
+    join: impl FnOnce() -> rustix::io::Result<()>,
+    fork: impl FnOnce() -> Result<Forked>,
+) -> Result<Forked> {
     let own = fs::File::open("/proc/self/ns/pid").context(|| "open the agent's pid namespace")?;
-    rustix::thread::move_into_thread_name_spaces(init, ThreadNameSpaceType::PROCESS_ID)
-        .context(|| "join the container's pid namespace")?;
-    let forked = fork(0, Some(cgroup));
+    join().context(|| "join the container's pid namespace")?;
+    let forked = fork();
     if !matches!(forked, Ok(Forked::Child)) {
         rustix::thread::move_into_link_name_space(own.as_fd(), Some(LinkNameSpaceType::ProcessID))
             .context(|| "return to the agent's pid namespace")?;
@@ -237,17 +279,33 @@ mod tests {
         serde_json::from_str(json).unwrap()
     }
 
+    fn nobody(id: &str) -> Result<i32> {
+        Err(Error::not_found(format!("container {id} does not exist")))
+    }
+
+    #[test]
+    fn a_containers_namespace_is_found_by_its_id() {
+        let spec = r#"{"namespaces":[{"type":"mount"},{"type":"ipc","path":"container:a"},
+            {"type":"pid","path":"container:a"}]}"#;
+        assert!(Namespaces::from_spec(&linux(spec), nobody).unwrap_err().to_string().contains("container a"));
+        let own = |id: &str| if id == "a" { Ok(std::process::id() as i32) } else { nobody(id) };
+        let namespaces = Namespaces::from_spec(&linux(spec), own).unwrap();
+        assert!(!namespaces.has_pid() && namespaces.files().count() == 2);
+        assert!(namespaces.exec_flags().contains(ThreadNameSpaceType::INTER_PROCESS_COMMUNICATION));
+    }
+
     #[test]
     fn reads_what_to_make_and_what_to_join() {
-        let spec = r#"{"namespaces":[{"type":"mount"},{"type":"pid"},{"type":"cgroup"},{"type":"network","path":"/x"}]}"#;
-        let namespaces = Namespaces::from_spec(&linux(spec)).unwrap();
+        let spec = r#"{"namespaces":[{"type":"mount"},{"type":"pid"},{"type":"cgroup"},
+            {"type":"network","path":"/proc/self/ns/net"}]}"#;
+        let namespaces = Namespaces::from_spec(&linux(spec), nobody).unwrap();
         assert!(
             namespaces.has_pid()
                 && namespaces.has_cgroup()
                 && !namespaces.has_net()
                 && !namespaces.has_user()
         );
-        assert_eq!(namespaces.join, [(NET, "/x".to_owned())]);
+        assert!(namespaces.joined == NET && namespaces.files().count() == 1 && !namespaces.shares_net());
         assert!(!namespaces.exec_flags().contains(ThreadNameSpaceType::PROCESS_ID));
         assert!(namespaces.exec_flags().contains(ThreadNameSpaceType::NETWORK));
     }
@@ -258,10 +316,11 @@ mod tests {
             r#"{"namespaces":[]}"#,
             r#"{"namespaces":[{"type":"mount"},{"type":"mount"}]}"#,
             r#"{"namespaces":[{"type":"mount","path":"/proc/1/ns/mnt"}]}"#,
+            r#"{"namespaces":[{"type":"mount"},{"type":"user","path":"container:a"}]}"#,
             r#"{"namespaces":[{"type":"mount"},{"type":"wat"}]}"#,
             r#"{"namespaces":[{"type":"mount"},{"type":"user"}]}"#,
         ] {
-            assert!(Namespaces::from_spec(&linux(spec)).is_err(), "{spec}");
+            assert!(Namespaces::from_spec(&linux(spec), |_| Ok(1)).is_err(), "{spec}");
         }
     }
 

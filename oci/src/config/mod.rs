@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use bulkhead_runtime::monitor::Shape;
 use bulkhead_runtime::network::{NamespaceRef, names};
-use bulkhead_runtime::shares::{Access, Shares};
+use bulkhead_runtime::shares::Access;
 use bulkhead_runtime::{Context, Error, Result};
 use serde_json::{Value, json};
 
@@ -20,6 +20,7 @@ pub use self::take::leave_hosts_out;
 use self::take::{drop_labels, keep_shared_memory_inside, take_devices, take_namespaces, take_resources};
 pub use self::vm::Vm;
 use crate::log::Log;
+use crate::pod::{Joined, Partner};
 use crate::sandbox::View;
 use crate::store::Hooks;
 
@@ -30,6 +31,10 @@ const MAX_RESOLV_CONF: u64 = 64 << 10;
 /// What `dev.bulkhead.` annotations can say.
 const MEMORY: &str = "dev.bulkhead.memory";
 const VCPUS: &str = "dev.bulkhead.vcpus";
+/// What containerd's CRI says at a pod's first container about all of them: bytes, microseconds, 0 for no limit.
+const POD_MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
+const POD_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
+const POD_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
 /// A bundle, read and understood.
 #[derive(Debug)]
 pub struct Bundle {
@@ -47,6 +52,8 @@ pub struct Bundle {
     pub terminal: bool,
     /// The network it is to have.
     pub network: Wanted,
+    /// Namespaces of another container's.
+    pub joined: Vec<Joined>,
     /// Name of the guest.
     pub hostname: String,
     /// `linux.cgroupsPath`.
@@ -106,7 +113,7 @@ impl Bundle {
         let annotations = serde_json::from_value(from(spec.get("annotations"), "annotations")?)
             .context(|| format!("{}: annotations", path.display()))?;
         let vm = Vm::read(&spec).map_err(in_file)?;
-        let network = take_namespaces(&mut spec).map_err(in_file)?;
+        let (network, joined) = take_namespaces(&mut spec).map_err(in_file)?;
         take_devices(&mut spec, log).map_err(in_file)?;
         drop_labels(&mut spec, log);
         keep_shared_memory_inside(&mut spec);
@@ -129,6 +136,7 @@ impl Bundle {
             process,
             terminal,
             network,
+            joined,
             hostname,
             cgroups_path,
             vm,
@@ -155,9 +163,15 @@ impl Bundle {
         };
         let limit = |path: &str| self.spec.pointer(path).and_then(Value::as_i64).filter(|&limit| limit > 0);
         let memory = limit("/linux/resources/memory/limit").and_then(|limit| u64::try_from(limit).ok());
-        let period = limit("/linux/resources/cpu/period").unwrap_or(100_000).max(1);
-        let milli_cpus = limit("/linux/resources/cpu/quota")
-            .and_then(|quota| u64::try_from(quota.saturating_mul(1000) / period).ok());
+        let memory = memory.or(number(POD_MEMORY)?.filter(|&bytes| bytes > 0));
+        let period = limit("/linux/resources/cpu/period").and_then(|period| u64::try_from(period).ok());
+        let quota = limit("/linux/resources/cpu/quota").and_then(|quota| u64::try_from(quota).ok());
+        let (quota, period) = match quota {
+            Some(quota) => (Some(quota), period),
+            None => (number(POD_QUOTA)?.filter(|&quota| quota > 0), number(POD_PERIOD)?),
+        };
+        let period = period.unwrap_or(100_000).max(1);
+        let milli_cpus = quota.map(|quota| quota.saturating_mul(1000) / period);
         // A limit may be above what the host has. A machine cannot.
         let (most_memory, most_cpus) = check::host();
         let memory = memory.map(|bytes| bytes.min(most_memory));
@@ -178,6 +192,35 @@ impl Bundle {
             shape.vcpus = u8::try_from(vcpus).map_err(|_| usage(format!("annotation {VCPUS}: {vcpus}")))?;
         }
         Ok(shape)
+    }
+
+    /// A machine that others share is of its first container's making.
+    pub fn warn_of_what_the_pod_decides(&self, log: &Log, machine_mib: u32) {
+        let number = |pointer: &str| self.resources.pointer(pointer).and_then(Value::as_u64);
+        if let Some(limit) = number("/memory/limit").filter(|limit| *limit >> 20 > u64::from(machine_mib)) {
+            log.warn(&format!(
+                "linux.resources.memory.limit {limit}: the microVM that the container joins has {machine_mib} MiB \
+                 (annotation {MEMORY} of the pod's first container sets them)"
+            ));
+        }
+        for (pointer, name) in [("/cpu/cpus", "cpu.cpus"), ("/cpu/mems", "cpu.mems"), ("/blockIO", "blockIO")]
+        {
+            let value = self.resources.pointer(pointer);
+            if value.is_some_and(|value| value.as_str() != Some("") && !value.is_null()) {
+                log.warn(&format!(
+                    "linux.resources.{name}: it names processors and disks of the host, which those of the microVM that \
+                     the container joins have been chosen from by the pod's first container"
+                ));
+            }
+        }
+        let asked = [self.vm.memory.is_some(), self.vm.vcpus.is_some(), self.vm.kernel.is_some()];
+        let asked =
+            asked.contains(&true) || [MEMORY, VCPUS].iter().any(|key| self.annotations.contains_key(*key));
+        if asked {
+            log.warn(
+                "the size and the kernel of the microVM that the container joins are the first container's",
+            );
+        }
     }
 
     /// The name server of dockerd's that the container is to ask, if it is.
@@ -204,9 +247,13 @@ impl Bundle {
     ///
     /// # Errors
     /// A source does not exist.
-    pub fn share(&self, shares: &mut Shares) -> Result<(String, Value)> {
+    pub fn share(
+        &self,
+        mut add: impl FnMut(&Path, Access) -> Result<String>,
+        partners: &[Partner],
+    ) -> Result<(String, Value)> {
         // Read-only is the guest's to enforce for the root: the mount points in it have to be made first.
-        let root = shares.add(&self.rootfs, Access::ReadWrite)?;
+        let root = add(&self.rootfs, Access::ReadWrite)?;
         let mut spec = self.spec.clone();
         for &index in &self.binds {
             let Some(mount) = spec.pointer_mut(&format!("/mounts/{index}")) else { continue };
@@ -214,11 +261,14 @@ impl Bundle {
             let options = mount.get("options").and_then(Value::as_array).cloned().unwrap_or_default();
             let read_only = options.iter().any(|option| matches!(option.as_str(), Some("ro" | "rro")));
             let access = if read_only { Access::ReadOnly } else { Access::ReadWrite };
-            let guest = shares.add(&source, access)?;
+            let guest = add(&source, access)?;
             if let Some(fields) = mount.as_object_mut() {
                 fields.insert("source".into(), guest.into());
                 fields.insert("type".into(), "bind".into());
             }
+        }
+        if let Some(namespaces) = spec.pointer_mut("/linux/namespaces").and_then(Value::as_array_mut) {
+            namespaces.extend(partners.iter().map(Partner::namespace));
         }
         Ok((root, spec))
     }
@@ -369,6 +419,20 @@ mod tests {
     }
 
     #[test]
+    fn a_pods_limits_size_its_machine() {
+        let limits = r#""annotations":{"io.kubernetes.cri.sandbox-memory":"1073741824",
+            "io.kubernetes.cri.sandbox-cpu-quota":"250000","io.kubernetes.cri.sandbox-cpu-period":"100000"}"#;
+        let pod = GOOD.replace(r#""annotations":{"a":"b"}"#, limits);
+        let first =
+            pod.replace(r#""memory":{"limit":134217728}"#, r#""memory":{}"#).replace("\"quota\":150000,", "");
+        let shape = bundle(&first).unwrap().shape().unwrap();
+        assert!(shape.vcpus == 3 && shape.memory_mib > 1024, "{shape:?}");
+        // Its own limits come first.
+        let shape = bundle(&pod).unwrap().shape().unwrap();
+        assert!(shape.vcpus == 2 && shape.memory_mib < 512, "{shape:?}");
+    }
+
+    #[test]
     fn vm_is_honoured_or_refused() {
         let with = |vm: &str| bundle(&GOOD.replace("\"annotations\":{\"a\":\"b\"}", &format!("\"vm\":{vm}")));
         let good = r#"{"kernel":{"path":"/k","parameters":[]},"hwConfig":{"vcpus":3,"memory":1073741824}}"#;
@@ -428,7 +492,7 @@ mod tests {
             ("\"ociVersion\":\"1.2.0\"", "\"ociVersion\":\"2.0\"", "ociVersion"),
             ("\"path\":\"rootfs\"", "\"path\":\"nowhere\"", "nowhere"),
             ("{\"type\":\"network\"},", "", "network"),
-            ("{\"type\":\"pid\"}", "{\"type\":\"pid\",\"path\":\"/proc/1/ns/pid\"}", "pid namespace"),
+            ("{\"type\":\"pid\"}", "{\"type\":\"user\",\"path\":\"/proc/1/ns/user\"}", "user namespace"),
             ("\"annotations\":{\"a\":\"b\"}", "\"hooks\":{\"prestart\":[{\"path\":\"rel\"}]}", "absolute"),
             (
                 "\"annotations\":{\"a\":\"b\"}",

@@ -1,5 +1,6 @@
 //! What is taken out of config.json, or made another thing, before the agent gets it.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::PathBuf;
 
 use bulkhead_runtime::network::NamespaceRef;
@@ -7,14 +8,17 @@ use serde_json::{Value, json};
 
 use super::{Wanted, text};
 use crate::log::Log;
+use crate::pod::{Joined, Kind};
 
 /// `statfs(2)`, TMPFS_MAGIC.
 const TMPFS_MAGIC: rustix::fs::FsWord = 0x0102_1994;
 /// Major numbers of character devices that mean the same in every kernel: memory, terminals, miscellaneous.
 const KNOWN_MAJORS: [i64; 4] = [1, 5, 10, 136];
 
-/// What is said about the network; the namespaces left are the guest's to make.
-pub(super) fn take_namespaces(spec: &mut Value) -> Result<Wanted, String> {
+/// What is said about the network, and the namespaces of others that are to be joined. Those that are left in the
+/// configuration are the guest's to make.
+pub(super) fn take_namespaces(spec: &mut Value) -> Result<(Wanted, Vec<Joined>), String> {
+    let mut joined = Vec::new();
     let mut network = Wanted::Existing(NamespaceRef::Pid(1));
     let Some(list) = spec.pointer_mut("/linux/namespaces").and_then(Value::as_array_mut) else {
         return Err(
@@ -28,12 +32,14 @@ pub(super) fn take_namespaces(spec: &mut Value) -> Result<Wanted, String> {
             ("network", "") => network = Wanted::New,
             ("network", path) => network = Wanted::Existing(NamespaceRef::Path(path.into())),
             (_, "") => kept.push(namespace),
-            (kind, path) => {
-                return Err(format!(
-                    "linux.namespaces: the {kind} namespace {path} cannot be joined, it belongs to another kernel \
-                     (containers of one pod in one microVM come with the containerd shim)"
-                ));
-            }
+            (kind, path) => match Kind::of(kind) {
+                Some(kind) => joined.push(Joined { kind, path: path.into() }),
+                None => {
+                    return Err(format!(
+                        "linux.namespaces: the {kind} namespace {path} cannot be joined, it belongs to another kernel"
+                    ));
+                }
+            },
         }
     }
     *list = kept;
@@ -44,7 +50,7 @@ pub(super) fn take_namespaces(spec: &mut Value) -> Result<Wanted, String> {
                 .into(),
         );
     }
-    Ok(network)
+    Ok((network, joined))
 }
 
 /// A device of the host's is refused, unless the container may use any device: then it is privileged, and its engine
@@ -81,7 +87,8 @@ pub(super) fn take_devices(spec: &mut Value, log: &Log) -> Result<(), String> {
 }
 
 /// Engines make a tmpfs on the host for /dev/shm and bind it. Shared memory is shared by processes of one kernel, so the
-/// guest gets a tmpfs of that size instead, which is memory rather than a file server.
+/// guest gets a tmpfs of that size instead, which is memory rather than a file server. Containers of one guest that have
+/// the same one of the host's have the same one there.
 pub(super) fn keep_shared_memory_inside(spec: &mut Value) {
     let Some(mounts) = spec.get_mut("mounts").and_then(Value::as_array_mut) else { return };
     let of_engine = |mount: &&mut Value| {
@@ -98,7 +105,10 @@ pub(super) fn keep_shared_memory_inside(spec: &mut Value) {
         options.push(format!("size={bytes}"));
         let given = mount.get("options").and_then(Value::as_array).into_iter().flatten();
         options.extend(given.filter_map(Value::as_str).filter(|option| *option == "ro").map(str::to_owned));
-        *mount = json!({"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": options});
+        let mut hasher = DefaultHasher::new();
+        source.hash(&mut hasher);
+        let name = format!("guest:shm-{:016x}", hasher.finish());
+        *mount = json!({"destination": "/dev/shm", "type": "tmpfs", "source": name, "options": options});
     }
 }
 

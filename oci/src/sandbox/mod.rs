@@ -4,38 +4,36 @@
 //! It is a fork of `create` and lives on its own after that: `start` and the other verbs reach it by a socket, or reach
 //! the agent in the guest directly.
 
+mod machine;
 mod stand_in;
 mod talk;
 
-use std::fs::File;
-use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 
 use bulkhead_protocol::agent::{
-    ConfigureRequest, ContainerRequest, CreateContainerRequest, CreateContainerResponse, Empty, GuestInfo,
-    ProcessRequest, ResizeTerminalRequest, Rootfs, ShutdownRequest, SignalProcessRequest, Stdio,
-    WaitProcessResponse,
+    ContainerRequest, CreateContainerRequest, CreateContainerResponse, Empty, ProcessRequest,
+    ResizeTerminalRequest, Rootfs, SignalProcessRequest, Stdio, WaitProcessResponse,
 };
 use bulkhead_protocol::client::CallError;
 use bulkhead_runtime::guest::{Agent, Guest};
-use bulkhead_runtime::monitor::{Links, Monitor};
-use bulkhead_runtime::network::{self, NamespaceRef, Network};
+use bulkhead_runtime::network::{self, NamespaceRef};
 use bulkhead_runtime::relay::{Ends, Relay, Streams};
-use bulkhead_runtime::shares::{self, Lifetime, Server, Shares};
-use bulkhead_runtime::state::{Files, now_ns};
+use bulkhead_runtime::state::Files;
 use bulkhead_runtime::supervise::Wire;
 use bulkhead_runtime::terminal::Signals;
-use bulkhead_runtime::{Artefacts, Context, Error, Result, names, trace};
+use bulkhead_runtime::{Artefacts, Context, Error, Result, null, trace};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::thread::UnshareFlags;
 
+use self::machine::Machine;
 use self::stand_in::StandIn;
 pub use self::stand_in::View;
 pub use self::talk::{Ask, GoOn, Says, ask, kill};
 use self::talk::{answer, next_call, socket};
 use crate::config::{Bundle, Wanted};
+use crate::pod::Partner;
 use crate::store::{Container, Root, Status, start_of};
 use crate::{console, hooks};
 
@@ -51,6 +49,8 @@ pub struct Plan {
     pub bundle: Bundle,
     /// Monitor, kernel, initramfs.
     pub artefacts: Artefacts,
+    /// Namespaces of containers in the machine that it joins.
+    pub partners: Vec<Partner>,
     /// Where the terminal's master goes.
     pub console_socket: Option<PathBuf>,
     /// To `create`.
@@ -68,9 +68,7 @@ struct End {
 
 /// A microVM with the container in it, its process held.
 struct Vm {
-    monitor: Monitor,
-    /// Serves the files; ends with us.
-    _server: Server,
+    machine: Machine,
     streams: Option<Streams>,
 }
 
@@ -118,6 +116,7 @@ impl Sandbox {
     /// What has to be there before anybody is told of us.
     fn new(mut plan: Plan) -> Result<Self> {
         let _ = rustix::process::setsid();
+        null::file().context(|| "cannot open /dev/null".into())?;
         let signals = Signals::block()?;
         let (ends, terminal) = console::ends(plan.bundle.terminal, plan.console_socket.as_deref())?;
         let listener = UnixListener::bind(socket(&plan.files.run))
@@ -134,7 +133,7 @@ impl Sandbox {
                 NamespaceRef::Pid(std::process::id())
             }
         };
-        let stand_in = StandIn::start(&network)?;
+        let stand_in = StandIn::start(&network, &plan.partners)?;
         if let Some(group) = &container.cgroup {
             group.make(stand_in.pid, &plan.bundle.resources, container.machine_mib)?;
         }
@@ -144,7 +143,7 @@ impl Sandbox {
         container.sandbox_start = start_of(container.sandbox).unwrap_or(0);
         container.network = Some(network);
         plan.root.save(container)?;
-        let guest = Guest::new(&plan.files.vsock());
+        let guest = Guest::new(&container.vsock());
         Ok(Self { plan, stand_in, guest, ends: Some(ends), terminal, vm: None, signals, listener })
     }
 
@@ -168,7 +167,7 @@ impl Sandbox {
         says(&self.plan, &Says::Created)?;
         *created = true;
         // The standard streams stay open in the relay alone.
-        console::let_go();
+        null::let_go_of_streams();
         match self.wait_for_start()? {
             Some(relay) => self.attend(relay),
             None => Ok(End { code: 137, signal: libc::SIGKILL, oom: false }),
@@ -198,37 +197,18 @@ impl Sandbox {
 
     /// From nothing to a held process.
     fn boot(&mut self) -> Result<()> {
-        let Plan { files, bundle, container, artefacts, .. } = &self.plan;
-        let mut shares = Shares::new(&files.run)?;
-        let (root, spec) = bundle.share(&mut shares)?;
-        let mut links = Links::default();
-        if let Some(namespace) = &container.network {
-            let attachment = network::attach(namespace, &tag(files))?;
-            (links.network, links.fds) = (attachment.network, attachment.taps);
+        let made = match &self.plan.container.pod {
+            None => Machine::make(&self.plan, &self.guest, &self.signals)?,
+            Some(pod) => Machine::join(&self.plan, pod)?,
+        };
+        let (machine, root, spec) = made;
+        if let Some(server) = machine.server() {
+            // Others can join it from now on.
+            self.plan.container.server = Some(server);
+            self.plan.root.save(&self.plan.container)?;
         }
-        if let Some(group) = &container.cgroup {
-            // Engines forget to allow the devices that a machine is made of, and nothing in the group may open them then:
-            // /dev/net/tun has been opened above. If this one does not open, the monitor says why.
-            links.kvm = File::options().read(true).write(true).open("/dev/kvm").ok().map(OwnedFd::from);
-            group.add(container.sandbox)?;
-        }
-        let name_server = container.network.as_ref().zip(bundle.name_server());
-        if let Some((namespace, server)) = name_server {
-            network::names::serve(namespace, server, &files.names())?;
-        }
-        let path = files.shares_log();
-        let log = File::create(&path).context(|| format!("cannot create {}", path.display()))?;
-        let mut server = shares.start(Lifetime::Parent, &log)?;
-        trace::mark("virtiofsd spawned");
-        let shape = bundle.shape()?;
-        let mut monitor = Monitor::start(artefacts, files, &shape, Vec::new(), Some(&mut server), &links)?;
-        (links.fds, links.kvm) = (Vec::new(), None);
-        trace::mark("monitor spawned");
-        let signals = &self.signals;
-        monitor.wait_ready(signals, || std::iter::from_fn(|| signals.next()).any(is_fatal))?;
-        trace::mark("agent up");
+        let Plan { bundle, container, .. } = &self.plan;
         let mut agent = self.guest.agent()?;
-        configure(&mut agent, bundle, &links.network, name_server.map(|(_, server)| server))?;
         let stdio = self.stdio();
         let request = CreateContainerRequest {
             id: guest_id(&container.id),
@@ -241,7 +221,7 @@ impl Sandbox {
         trace::mark("container created");
         self.stand_in.enter(bundle.view());
         let streams = Streams::connect(&self.guest, &guest_id(&container.id), "", &stdio, bundle.terminal)?;
-        self.vm = Some(Vm { monitor, _server: server, streams: Some(streams) });
+        self.vm = Some(Vm { machine, streams: Some(streams) });
         Ok(())
     }
 
@@ -255,7 +235,7 @@ impl Sandbox {
             let sent;
             let lost = {
                 let nothing = &self.listener;
-                let monitor = self.vm.as_ref().map(|vm| &vm.monitor.pidfd);
+                let monitor = self.vm.as_ref().map(|vm| vm.machine.end());
                 let mut fds = [
                     PollFd::new(&self.listener, PollFlags::IN),
                     PollFd::new(&self.signals, PollFlags::IN),
@@ -271,7 +251,7 @@ impl Sandbox {
             };
             if lost && let Some(vm) = &mut self.vm {
                 return Err(Error::Monitor(
-                    vm.monitor.last_words("the microVM ended before the container was started"),
+                    vm.machine.last_words("the microVM ended before the container was started"),
                 ));
             }
             // `None` is its death.
@@ -333,7 +313,7 @@ impl Sandbox {
             let (ended, lost, sent) = {
                 let mut fds = [
                     PollFd::new(waiting.stream(), PollFlags::IN),
-                    PollFd::new(&vm.monitor.pidfd, PollFlags::IN),
+                    PollFd::new(vm.machine.end(), PollFlags::IN),
                     PollFd::new(&self.signals, PollFlags::IN),
                     PollFd::new(&self.listener, PollFlags::IN),
                     PollFd::new(&self.stand_in, PollFlags::IN),
@@ -357,7 +337,7 @@ impl Sandbox {
                 }
             }
             if ended || lost {
-                let words = vm.monitor.last_words("the microVM ended under the container");
+                let words = vm.machine.last_words("the microVM ended under the container");
                 let _ = std::fs::write(self.plan.files.dir.join("lost"), &words);
                 return Ok(End { code: 137, signal: libc::SIGKILL, oom: false });
             }
@@ -404,20 +384,11 @@ impl Sandbox {
 
     /// Ends the microVM, its writes on the host's disk, and leaves the network as it was. `oom`: that is what it ended of.
     fn put_away(&mut self, oom: bool) {
-        let mut timeline = None;
-        if let Some(mut vm) = self.vm.take() {
+        let timeline = self.vm.take().and_then(|vm| {
             trace::mark("output passed on");
-            timeline = trace::enabled().then(|| vm.monitor.timeline()).flatten();
-            if let Ok(mut agent) = self.guest.agent() {
-                // Pages that were written through shared mappings are still in the guest's memory.
-                let _ = agent.send("Shutdown", &ShutdownRequest { status: 0, sync: true });
-                vm.monitor.end();
-            }
-            trace::mark("monitor ended");
-            drop(vm);
-            trace::mark("virtiofsd ended");
-        }
-        if let Some(namespace) = &self.plan.container.network {
+            vm.machine.put_away(&self.guest, &self.plan.container)
+        });
+        if let (Some(namespace), None) = (&self.plan.container.network, &self.plan.container.pod) {
             let _ = network::detach(namespace, &tag(&self.plan.files));
         }
         if let (true, Some(group)) = (oom, &self.plan.container.cgroup) {
@@ -437,33 +408,6 @@ pub fn tag(files: &Files) -> String {
 /// The agent's ids have fewer characters than runc's.
 pub fn guest_id(id: &str) -> String {
     id.chars().map(|c| if c == '+' { '_' } else { c }).take(64).collect()
-}
-
-fn configure(
-    agent: &mut Agent,
-    bundle: &Bundle,
-    network: &Network,
-    name_server: Option<Ipv4Addr>,
-) -> Result<()> {
-    let mut entropy = vec![0; 32];
-    names::random(&mut entropy)?;
-    let request = ConfigureRequest {
-        hostname: bundle.hostname.clone(),
-        entropy,
-        realtime_ns: i64::try_from(now_ns()).unwrap_or(0),
-        shares: vec![shares::TAG.to_owned()],
-        network: Some(network.to_message()),
-        name_server: name_server.map_or_else(Vec::new, |server| server.octets().to_vec()),
-    };
-    let info: GuestInfo = agent.call("Configure", &request).context(|| "cannot set the guest up".into())?;
-    if info.protocol == bulkhead_protocol::PROTOCOL_VERSION {
-        return Ok(());
-    }
-    Err(Error::Usage(format!(
-        "the guest's agent speaks protocol {}, this bulkhead-oci speaks {}: install both from one build",
-        info.protocol,
-        bulkhead_protocol::PROTOCOL_VERSION
-    )))
 }
 
 /// The agent's refusal, in words that engines look for.

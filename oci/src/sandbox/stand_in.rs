@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use bulkhead_runtime::network::NamespaceRef;
 use bulkhead_runtime::supervise::Wire;
 use bulkhead_runtime::terminal::Signals;
-use bulkhead_runtime::{Context, Result};
+use bulkhead_runtime::{Context, Result, null};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat2};
 use rustix::mount::{
@@ -22,7 +22,7 @@ use rustix::mount::{
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde::{Deserialize, Serialize};
 
-use crate::console;
+use crate::pod::Partner;
 
 /// Said to it.
 #[derive(Debug, Serialize, Deserialize)]
@@ -64,20 +64,35 @@ struct CloneArgs {
 }
 
 impl StandIn {
-    /// Starts one as a child of our parent, in `namespace`.
+    /// Starts one as a child of our parent, in the network `namespace` and in those of `partners`. It is in namespaces of
+    /// its own otherwise, by which it is known when others name them.
     ///
     /// # Errors
-    /// The kernel refuses, or the namespace cannot be entered.
-    pub fn start(namespace: &NamespaceRef) -> Result<Self> {
+    /// The kernel refuses, or a namespace cannot be entered.
+    pub fn start(namespace: &NamespaceRef, partners: &[Partner]) -> Result<Self> {
         let path = namespace.path();
         let network = File::open(&path).context(|| format!("cannot open {}", path.display()))?;
         let (ours, theirs) = Wire::pair()?;
-        let apart = libc::CLONE_NEWNS | libc::CLONE_NEWPID;
+        let mut joined = partners.iter().map(Partner::open).collect::<Result<Vec<_>>>()?;
+        let what = || "cannot start a process".to_owned();
+        let of_pids = joined.iter().position(|(kind, _)| *kind == LinkNameSpaceType::ProcessID);
+        let of_pids = of_pids.map(|index| joined.swap_remove(index).1);
+        let own = |kind: LinkNameSpaceType, flag: i32| {
+            if joined.iter().any(|(joined, _)| *joined == kind) { 0 } else { flag }
+        };
+        let apart = libc::CLONE_NEWNS
+            | own(LinkNameSpaceType::InterProcessCommunication, libc::CLONE_NEWIPC)
+            | own(LinkNameSpaceType::HostNameAndNISDomainName, libc::CLONE_NEWUTS);
+        joined.push((LinkNameSpaceType::Network, network));
         // Without the right to a mount namespace it stands for the process all the same, with the host's files.
-        let pid = clone(apart).or_else(|_| clone(0)).context(|| "cannot start a process".into())?;
+        let pid = match of_pids {
+            None => clone(apart | libc::CLONE_NEWPID).or_else(|_| clone(0)),
+            Some(pids) => with_pids(&pids, || clone(apart)),
+        };
+        let pid = pid.context(what)?;
         if pid == 0 {
             drop(ours);
-            let status = stand(&theirs, network.as_fd());
+            let status = stand(&theirs, &joined);
             // SAFETY: _exit has no preconditions; the caller's exit handlers are not ours.
             unsafe { libc::_exit(status.into()) }
         }
@@ -112,6 +127,17 @@ impl AsFd for StandIn {
     }
 }
 
+/// Does something whose children are in another pid namespace.
+fn with_pids(namespace: &File, fork: impl FnOnce() -> std::io::Result<i32>) -> std::io::Result<i32> {
+    let own = File::open("/proc/self/ns/pid")?;
+    move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::ProcessID))?;
+    let pid = fork();
+    if !matches!(pid, Ok(0)) {
+        move_into_link_name_space(own.as_fd(), Some(LinkNameSpaceType::ProcessID))?;
+    }
+    pid
+}
+
 fn clone(flags: i32) -> std::io::Result<i32> {
     let flags = u64::from((flags | libc::CLONE_PARENT).unsigned_abs());
     let args = CloneArgs { flags, ..CloneArgs::default() };
@@ -125,10 +151,12 @@ fn clone(flags: i32) -> std::io::Result<i32> {
 }
 
 /// Its whole life; the answer is its exit status.
-fn stand(wire: &Wire, network: BorrowedFd<'_>) -> u8 {
+fn stand(wire: &Wire, joined: &[(LinkNameSpaceType, File)]) -> u8 {
     const LOST: u8 = 137;
-    if move_into_link_name_space(network, Some(LinkNameSpaceType::Network)).is_err() {
-        return LOST;
+    for (kind, namespace) in joined {
+        if move_into_link_name_space(namespace.as_fd(), Some(*kind)).is_err() {
+            return LOST;
+        }
     }
     // Its copies of mounts must not keep anything on the host in use.
     let _ = mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC);
@@ -157,7 +185,7 @@ fn stand(wire: &Wire, network: BorrowedFd<'_>) -> u8 {
 }
 
 fn let_go_of_all_but(keep: i32) {
-    console::let_go();
+    null::let_go_of_streams();
     let keep = keep.unsigned_abs();
     for (from, to) in [(3, keep.saturating_sub(1)), (keep + 1, u32::MAX)] {
         if from <= to {

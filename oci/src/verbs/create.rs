@@ -15,7 +15,7 @@ use crate::cgroup::Cgroup;
 use crate::config::Bundle;
 use crate::sandbox::{self, GoOn, Plan, Says};
 use crate::store::{Container, Hooks, Status};
-use crate::{Context, hooks};
+use crate::{Context, hooks, pod};
 
 /// Makes a container whose process waits for `start`. Answers the pid of its sandbox.
 ///
@@ -37,7 +37,15 @@ fn make(context: &Context, wish: &Create, detach: bool) -> Result<i32> {
     if group.is_none() {
         context.log.debug("no cgroup hierarchy is mounted: the sandbox is put into no cgroup of the host");
     }
-    let machine_mib = bundle.shape()?.memory_mib;
+    let shared = pod::find(&context.root, &bundle)?;
+    let machine_mib = match &shared {
+        Some(shared) => shared.machine_mib,
+        None => bundle.shape()?.memory_mib,
+    };
+    let (pod, partners) = shared.map_or_else(Default::default, |shared| (Some(shared.pod), shared.partners));
+    if pod.is_some() {
+        bundle.warn_of_what_the_pod_decides(&context.log, machine_mib);
+    }
     let files = context.root.reserve(&wish.id)?;
     let container = Container {
         id: wish.id.clone(),
@@ -56,6 +64,8 @@ fn make(context: &Context, wish: &Create, detach: bool) -> Result<i32> {
         run: files.run.clone(),
         cgroup: group.filter(|_| !context.rootless),
         machine_mib,
+        server: None,
+        pod,
         owner: rustix::process::getuid().as_raw(),
     };
     let hooks = container.hooks.clone();
@@ -64,6 +74,7 @@ fn make(context: &Context, wish: &Create, detach: bool) -> Result<i32> {
         files,
         container,
         bundle,
+        partners,
         artefacts,
         console_socket: wish.console_socket.clone(),
         caller,
@@ -75,6 +86,7 @@ fn make(context: &Context, wish: &Create, detach: bool) -> Result<i32> {
 fn clean_up(context: &Context, id: &str, hooks: &Hooks) {
     if let Ok(container) = context.root.load(id) {
         life::end(&container);
+        pod::leave(&container);
         if let Some(group) = &container.cgroup {
             group.remove();
         }

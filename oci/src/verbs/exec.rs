@@ -11,7 +11,7 @@ use bulkhead_runtime::guest::Guest;
 use bulkhead_runtime::relay::{Ends, Relay, Streams};
 use bulkhead_runtime::supervise::Wire;
 use bulkhead_runtime::terminal::{Raw, Signals};
-use bulkhead_runtime::{Context as _, Error, Result};
+use bulkhead_runtime::{Context as _, Error, Result, null};
 use rustix::event::{PollFd, PollFlags, poll};
 use serde_json::{Value, json};
 
@@ -219,7 +219,7 @@ impl Call {
         if let Some(started) = started {
             let _ = Wire(started).send(&"");
             // The standard streams stay open in the relay alone.
-            console::let_go();
+            null::let_go_of_streams();
         }
         let call = agent.send("WaitProcess", &target()).context(what)?;
         loop {

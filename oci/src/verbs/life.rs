@@ -15,7 +15,7 @@ use crate::args::{Kill, Update};
 use crate::config::{leave_hosts_out, read_json};
 use crate::sandbox::{self, Ask, guest_id};
 use crate::store::{Container, Status, start_of};
-use crate::{Context, hooks};
+use crate::{Context, hooks, pod};
 
 /// How long a killed sandbox may take to go.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -130,7 +130,11 @@ pub fn delete(context: &Context, id: &str, force: bool) -> Result<()> {
             )));
         }
     }
-    if let Some(namespace) = &container.network {
+    // Unless its sandbox has done that.
+    if context.root.load(id).is_ok_and(|container| container.status != Status::Stopped) {
+        pod::leave(&container);
+    }
+    if let (Some(namespace), None) = (&container.network, &container.pod) {
         let files = context.root.files(id)?;
         let _ = network::detach(namespace, &sandbox::tag(&files));
     }

@@ -26,7 +26,7 @@ fn agent(container: &Container) -> Result<Agent> {
 }
 
 fn guest(container: &Container) -> Guest {
-    Guest::new(&container.run.join("vsock"))
+    Guest::new(&container.vsock())
 }
 
 /// A container that must be in one of these states.

@@ -14,7 +14,10 @@
 //!
 //! Nothing of this is in the host's own mount table, and all of it goes with the process, however that ends. virtiofsd
 //! itself ends when its connection to the monitor does.
+//!
+//! Containers that come into a sandbox later have theirs put into the namespace of the virtiofsd that runs ([`More`]).
 
+mod more;
 mod mount;
 mod virtiofsd;
 
@@ -25,6 +28,7 @@ use std::path::{Path, PathBuf};
 
 use vmm::config::FilesystemConfig;
 
+pub use more::{Living, More};
 pub use virtiofsd::{Lifetime, Server, find};
 
 use crate::{Context, Error, Result};
@@ -72,7 +76,7 @@ impl Shares {
                 "sharing directories of the host needs root so far: run bulkhead as root".into(),
             ));
         }
-        let directory = sandbox.join("shares");
+        let directory = directory(sandbox);
         fs::create_dir_all(&directory).context(|| format!("cannot create {}", directory.display()))?;
         let staging = mount::staging(MAX_SHARES).context(|| "cannot make a staging file system".into())?;
         Ok(Self { program, directory, staging, shared: Vec::new() })
@@ -91,7 +95,7 @@ impl Shares {
         let name = self.shared.len().to_string();
         let tree = mount::take(path, access == Access::ReadOnly).context(what)?;
         mount::point(&self.staging, &name, &tree).context(what)?;
-        let guest = format!("{}/{TAG}/{name}", bulkhead_protocol::SHARES);
+        let guest = in_guest(&name);
         let name = CString::new(name).map_err(std::io::Error::other).context(what)?;
         self.shared.push(Shared { tree, name });
         Ok(guest)
@@ -110,6 +114,16 @@ impl Shares {
     pub fn start(&self, lifetime: Lifetime, log: &File) -> Result<Server> {
         Server::start(self, lifetime, log)
     }
+}
+
+/// virtiofsd's mount point, which is empty on the host.
+fn directory(sandbox: &Path) -> PathBuf {
+    sandbox.join("shares")
+}
+
+/// The agent's path of a share.
+fn in_guest(name: &str) -> String {
+    format!("{}/{TAG}/{name}", bulkhead_protocol::SHARES)
 }
 
 /// The device for a server's connection, which the monitor must inherit as descriptor `fd`.

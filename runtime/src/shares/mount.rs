@@ -62,6 +62,13 @@ pub(super) fn point(staging: &OwnedFd, name: &str, tree: &OwnedFd) -> rustix::io
     }
 }
 
+/// A detached copy of one mount, writable though the mount is not.
+pub(super) fn writable(path: &Path) -> io::Result<OwnedFd> {
+    let copy = open_tree(CWD, path, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC)?;
+    set(copy.as_raw_fd(), false, &Attributes { clear: READ_ONLY, ..Attributes::default() })?;
+    Ok(copy)
+}
+
 /// In a new mount namespace: makes it one into which the host's changes come and from which none go out.
 pub(super) fn seclude() -> io::Result<()> {
     rustix::mount::mount_change(

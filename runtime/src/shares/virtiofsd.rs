@@ -28,7 +28,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command};
 
 use rustix::fs::CWD;
 use rustix::process::Signal;
@@ -36,7 +36,7 @@ use rustix::thread::UnshareFlags;
 use vmm::config::FilesystemConfig;
 
 use super::{Shares, device, mount};
-use crate::{Context, Error, Result};
+use crate::{Context, Error, Result, null};
 
 /// Where distributions put it, besides PATH.
 const PLACES: [&str; 3] = ["/usr/libexec/virtiofsd", "/usr/lib/virtiofsd", "/usr/local/libexec/virtiofsd"];
@@ -111,7 +111,7 @@ impl Server {
             .args(["--sandbox=chroot", "--cache=auto", "--xattr", "--announce-submounts"])
             .args(["--inode-file-handles=never", "--log-level=warn"])
             .current_dir("/")
-            .stdin(Stdio::null())
+            .stdin(null::stdio().context(what)?)
             .stdout(log.try_clone().context(what)?)
             .stderr(log.try_clone().context(what)?);
         let prepare = move || -> io::Result<()> {

@@ -1,0 +1,168 @@
+//! The microVM of a sandbox: one of its own, or that of the container whose pod it is in.
+
+use std::fs::File;
+use std::net::Ipv4Addr;
+use std::os::fd::OwnedFd;
+
+use bulkhead_protocol::agent::{ConfigureRequest, GuestInfo, ShutdownRequest};
+use bulkhead_runtime::guest::{Agent, Guest};
+use bulkhead_runtime::monitor::{Links, Monitor};
+use bulkhead_runtime::network::{self, Network};
+use bulkhead_runtime::shares::{self, Lifetime, More, Server, Shares};
+use bulkhead_runtime::state::now_ns;
+use bulkhead_runtime::terminal::Signals;
+use bulkhead_runtime::{Context, Error, Result, names, trace};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use serde_json::Value;
+
+use super::{Plan, is_fatal, tag};
+use crate::config::Bundle;
+use crate::pod::{self, Pod};
+use crate::store::{Container, ProcessId};
+
+/// A machine with its agent up and the container's files in it.
+pub(super) enum Machine {
+    /// It ends with this sandbox.
+    Own {
+        /// Runs it.
+        monitor: Monitor,
+        /// Serves the files; ends with us.
+        server: Server,
+    },
+    /// It ends with another.
+    Joined {
+        /// Readable when that has ended.
+        owner: OwnedFd,
+        /// What to say then.
+        pod: Pod,
+    },
+}
+
+/// A machine, the guest's path of the root file system, and the configuration for the agent.
+type Made = (Machine, String, Value);
+
+impl Machine {
+    /// From nothing to a guest whose agent has been told who it is.
+    pub(super) fn make(plan: &Plan, guest: &Guest, signals: &Signals) -> Result<Made> {
+        let Plan { files, bundle, container, artefacts, .. } = plan;
+        let mut shares = Shares::new(&files.run)?;
+        let (root, spec) = bundle.share(|path, access| shares.add(path, access), &[])?;
+        let mut links = Links::default();
+        if let Some(namespace) = &container.network {
+            let attachment = network::attach(namespace, &tag(files))?;
+            (links.network, links.fds) = (attachment.network, attachment.taps);
+        }
+        if let Some(group) = &container.cgroup {
+            // Engines forget to allow the devices that a machine is made of, and nothing in the group may open them then:
+            // /dev/net/tun has been opened above. If this one does not open, the monitor says why.
+            links.kvm = File::options().read(true).write(true).open("/dev/kvm").ok().map(OwnedFd::from);
+            group.add(container.sandbox)?;
+        }
+        let name_server = container.network.as_ref().zip(bundle.name_server());
+        if let Some((namespace, server)) = name_server {
+            network::names::serve(namespace, server, &files.names())?;
+        }
+        let path = files.shares_log();
+        let log = File::create(&path).context(|| format!("cannot create {}", path.display()))?;
+        let mut server = shares.start(Lifetime::Parent, &log)?;
+        trace::mark("virtiofsd spawned");
+        let shape = bundle.shape()?;
+        let mut monitor = Monitor::start(artefacts, files, &shape, Vec::new(), Some(&mut server), &links)?;
+        (links.fds, links.kvm) = (Vec::new(), None);
+        trace::mark("monitor spawned");
+        monitor.wait_ready(signals, || std::iter::from_fn(|| signals.next()).any(is_fatal))?;
+        trace::mark("agent up");
+        let mut agent = guest.agent()?;
+        configure(&mut agent, bundle, &links.network, name_server.map(|(_, server)| server))?;
+        Ok((Self::Own { monitor, server }, root, spec))
+    }
+
+    /// Into the machine of another container.
+    pub(super) fn join(plan: &Plan, pod: &Pod) -> Result<Made> {
+        let Plan { bundle, container, .. } = plan;
+        let what = || pod.ended();
+        let owner = Pid::from_raw(pod.sandbox.pid)
+            .and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok())
+            .filter(|_| pod.sandbox.lives())
+            .ok_or_else(what)?;
+        let mut more = More::new(&pod::prefix(container));
+        let (root, spec) = bundle.share(|path, access| more.add(path, access), &plan.partners)?;
+        if let Some(group) = &container.cgroup {
+            group.add(container.sandbox)?;
+        }
+        more.join(&pod.shares()?)?;
+        Ok((Self::Joined { owner, pod: pod.clone() }, root, spec))
+    }
+
+    /// Readable when the machine has ended.
+    pub(super) fn end(&self) -> &OwnedFd {
+        match self {
+            Self::Own { monitor, .. } => &monitor.pidfd,
+            Self::Joined { owner, .. } => owner,
+        }
+    }
+
+    /// The file server of one's own machine.
+    pub(super) fn server(&self) -> Option<ProcessId> {
+        match self {
+            Self::Own { server, .. } => ProcessId::of(server.pid().cast_signed()),
+            Self::Joined { .. } => None,
+        }
+    }
+
+    /// Why it has ended.
+    pub(super) fn last_words(&mut self, what: &str) -> String {
+        match self {
+            Self::Own { monitor, .. } => monitor.last_words(what),
+            Self::Joined { pod, .. } => {
+                format!("{what}: it was that of container {}, which has ended", pod.owner)
+            }
+        }
+    }
+
+    /// Ends one's own machine with its writes on the host's disk, or leaves that of another. Answers the monitor's
+    /// timeline, if one was asked for.
+    pub(super) fn put_away(self, guest: &Guest, container: &Container) -> Option<Value> {
+        let Self::Own { mut monitor, server } = self else {
+            pod::leave(container);
+            return None;
+        };
+        let timeline = trace::enabled().then(|| monitor.timeline()).flatten();
+        if let Ok(mut agent) = guest.agent() {
+            // Pages that were written through shared mappings are still in the guest's memory.
+            let _ = agent.send("Shutdown", &ShutdownRequest { status: 0, sync: true });
+            monitor.end();
+        }
+        trace::mark("monitor ended");
+        drop((monitor, server));
+        trace::mark("virtiofsd ended");
+        timeline
+    }
+}
+
+fn configure(
+    agent: &mut Agent,
+    bundle: &Bundle,
+    network: &Network,
+    name_server: Option<Ipv4Addr>,
+) -> Result<()> {
+    let mut entropy = vec![0; 32];
+    names::random(&mut entropy)?;
+    let request = ConfigureRequest {
+        hostname: bundle.hostname.clone(),
+        entropy,
+        realtime_ns: i64::try_from(now_ns()).unwrap_or(0),
+        shares: vec![shares::TAG.to_owned()],
+        network: Some(network.to_message()),
+        name_server: name_server.map_or_else(Vec::new, |server| server.octets().to_vec()),
+    };
+    let info: GuestInfo = agent.call("Configure", &request).context(|| "cannot set the guest up".into())?;
+    if info.protocol == bulkhead_protocol::PROTOCOL_VERSION {
+        return Ok(());
+    }
+    Err(Error::Usage(format!(
+        "the guest's agent speaks protocol {}, this bulkhead-oci speaks {}: install both from one build",
+        info.protocol,
+        bulkhead_protocol::PROTOCOL_VERSION
+    )))
+}
