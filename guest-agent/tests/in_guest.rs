@@ -92,7 +92,7 @@ fn start(id: &str) {
 }
 
 fn wait(id: &str, exec: &str) -> WaitProcessResponse {
-    call("WaitProcess", &ProcessRequest { container: id.into(), exec: exec.into() }).unwrap()
+    call("WaitProcess", &ProcessRequest { container: id.into(), exec: exec.into(), bound: false }).unwrap()
 }
 
 fn delete(id: &str) {

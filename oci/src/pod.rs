@@ -212,7 +212,7 @@ pub fn leave(container: &Container) {
         let _ = shares.part(&prefix(container));
     }
     let id = guest_id(&container.id);
-    let target = ProcessRequest { container: id.clone(), exec: String::new() };
+    let target = ProcessRequest { container: id.clone(), exec: String::new(), bound: false };
     let Ok(mut agent) = Guest::new(&container.vsock()).agent() else { return };
     // A guest may say nothing, and nobody has to wait for it.
     let _ = agent.stream().set_read_timeout(Some(PATIENCE));

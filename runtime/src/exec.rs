@@ -137,7 +137,7 @@ fn attend(
     tty: bool,
 ) -> Result<Option<u8>> {
     let what = || "cannot wait for the process".to_owned();
-    let request = ProcessRequest { container: container.to_owned(), exec: exec.to_owned() };
+    let request = ProcessRequest { container: container.to_owned(), exec: exec.to_owned(), bound: false };
     let call = agent.send("WaitProcess", &request).context(what)?;
     let mut detachable = true;
     loop {

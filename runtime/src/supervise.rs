@@ -307,7 +307,7 @@ impl Supervisor {
     fn attend(&mut self, monitor: &mut Monitor, relay: &Relay) -> Result<Exit> {
         let id = self.plan.record.id.clone();
         let mut waiting = self.guest.agent()?;
-        let request = ProcessRequest { container: id, exec: String::new() };
+        let request = ProcessRequest { container: id, exec: String::new(), bound: false };
         let call =
             waiting.send("WaitProcess", &request).context(|| "cannot wait for the container".into())?;
         let mut detachable = self.attended;

@@ -158,7 +158,7 @@ fn they_share_one_kernel_and_leave_it_clean(host: &Host) -> Result<()> {
         .with_context(|| format!("{held:?} mounts and files, not {expected:?}"))?;
     }
 
-    // Its sandbox is killed: what runs in the guest is found and ended.
+    // Its sandbox is killed: what runs in the guest ends with it.
     other.runs("echo up; while :; do busybox sleep 7777; done")?;
     other.apart(&["run", "-d", "other"])?;
     pod.says(other, "up")?;
@@ -172,8 +172,8 @@ fn they_share_one_kernel_and_leave_it_clean(host: &Host) -> Result<()> {
     let state: serde_json::Value = serde_json::from_slice(&state)?;
     host.run(["kill", "-KILL", &state["sandbox"].to_string()])?.ok()?;
     other.wait_for(host, "other", "stopped")?;
-    other.call(&["delete", "--force", "other"])?.ok()?;
     host.eventually("its end", PATIENCE, || counts(false))?;
+    other.call(&["delete", "--force", "other"])?.ok()?;
     ensure!(pod.held()?.0 == before.unwrap_or_default().0, "its files are still there");
     ensure!(first.status("first")? == "running");
     pod.end()

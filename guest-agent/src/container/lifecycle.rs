@@ -168,6 +168,7 @@ impl Agent {
             hold,
             caller: Some(ticket),
             waiters: Vec::new(),
+            bound: None,
             slots,
             terminal: None,
         };

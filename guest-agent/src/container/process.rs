@@ -74,6 +74,8 @@ pub struct Process {
     pub caller: Option<Ticket>,
     /// The wait calls that are to be answered.
     pub waiters: Vec<Ticket>,
+    /// Number of the connection that it is to end with.
+    pub bound: Option<u32>,
     /// stdin (or the terminal), stdout, stderr.
     pub slots: [Slot; 3],
     /// The terminal's master.

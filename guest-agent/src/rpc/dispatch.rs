@@ -101,7 +101,12 @@ impl Agent {
         let Some(process) = self.processes.get_mut(&id) else { return Ok(()) };
         match process.outcome() {
             Some(outcome) => self.answer(ticket, outcome),
-            None => process.waiters.push(ticket),
+            None => {
+                process.waiters.push(ticket);
+                if request.bound {
+                    process.bound = Some(ticket.connection);
+                }
+            }
         }
         Ok(())
     }

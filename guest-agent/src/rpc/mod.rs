@@ -20,7 +20,8 @@ const MAX_OUTPUT: usize = 4 << 20;
 /// Where an answer goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ticket {
-    connection: u32,
+    /// Number of the connection.
+    pub connection: u32,
     stream: u32,
 }
 
@@ -90,8 +91,7 @@ impl Agent {
     pub fn serve(&mut self, id: u32) {
         while let Some(connection) = self.connections.get_mut(&id) {
             if connection.flush().is_err() {
-                self.connections.remove(&id);
-                return;
+                return self.hang_up(id);
             }
             if connection.is_congested() {
                 return;
@@ -101,10 +101,19 @@ impl Agent {
                 Ok(None) => return,
                 Err(_) => {
                     // One bad peer is no reason to end anything but its own connection.
-                    self.connections.remove(&id);
-                    return;
+                    return self.hang_up(id);
                 }
             }
+        }
+    }
+
+    /// Forgets a connection, and kills what was bound to it.
+    fn hang_up(&mut self, id: u32) {
+        self.connections.remove(&id);
+        let bound = self.processes.values().filter(|process| process.bound == Some(id));
+        for process in bound.filter(|process| !process.state.has_ended()) {
+            // One that has just ended needs no signal.
+            let _ = process.signal(libc::SIGKILL);
         }
     }
 
@@ -121,7 +130,7 @@ impl Agent {
         });
         connection.output.extend(frame.unwrap_or_default());
         if connection.flush().is_err() {
-            self.connections.remove(&ticket.connection);
+            self.hang_up(ticket.connection);
         }
     }
 

@@ -55,7 +55,7 @@ fn the_ttrpc_crate_understands_us() {
         let info = GuestInfo::decode(answer.as_slice()).unwrap();
         assert_eq!(info.protocol, PROTOCOL_VERSION);
         assert!(info.memory_bytes > 0 && info.cpus > 0 && !info.kernel_release.is_empty());
-        let missing = ProcessRequest { container: "nobody".into(), exec: String::new() };
+        let missing = ProcessRequest { container: "nobody".into(), exec: String::new(), bound: false };
         let error = call(&client, "WaitProcess", &missing).unwrap_err();
         assert!(error.to_string().contains("container nobody does not exist"), "{error}");
         assert_eq!(code(error), Code::NotFound as i32);
@@ -71,7 +71,8 @@ fn many_connections_do_not_mix() {
     with_agent(|address| {
         let clients: Vec<_> = (0..20).map(|_| ttrpc::Client::connect(address).unwrap()).collect();
         for (number, client) in clients.iter().enumerate() {
-            let missing = ProcessRequest { container: format!("c{number}"), exec: String::new() };
+            let missing =
+                ProcessRequest { container: format!("c{number}"), exec: String::new(), bound: false };
             let error = call(client, "WaitProcess", &missing).unwrap_err();
             assert!(error.to_string().contains(&format!("container c{number} ")), "{error}");
         }

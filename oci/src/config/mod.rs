@@ -426,10 +426,11 @@ mod tests {
         let first =
             pod.replace(r#""memory":{"limit":134217728}"#, r#""memory":{}"#).replace("\"quota\":150000,", "");
         let shape = bundle(&first).unwrap().shape().unwrap();
-        assert!(shape.vcpus == 3 && shape.memory_mib > 1024, "{shape:?}");
+        let most = check::host().1.min(3);
+        assert!(u64::from(shape.vcpus) == most && shape.memory_mib > 1024, "{shape:?}");
         // Its own limits come first.
         let shape = bundle(&pod).unwrap().shape().unwrap();
-        assert!(shape.vcpus == 2 && shape.memory_mib < 512, "{shape:?}");
+        assert!(shape.vcpus <= 2 && shape.memory_mib < 512, "{shape:?}");
     }
 
     #[test]

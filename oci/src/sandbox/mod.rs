@@ -305,7 +305,8 @@ impl Sandbox {
     /// Until the container's process has ended and all it wrote has been passed on.
     fn attend(&mut self, relay: Relay) -> Result<End> {
         let mut waiting = self.guest.agent()?;
-        let request = ProcessRequest { container: guest_id(&self.plan.container.id), exec: String::new() };
+        let container = guest_id(&self.plan.container.id);
+        let request = ProcessRequest { container, exec: String::new(), bound: true };
         let call =
             waiting.send("WaitProcess", &request).context(|| "cannot wait for the container".into())?;
         loop {

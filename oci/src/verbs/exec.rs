@@ -204,7 +204,7 @@ impl Call {
     fn run(self, signals: &Signals) -> Result<u8> {
         let Self { guest, container, exec, streams, ends, terminal, started } = self;
         let what = || "cannot wait for the process".to_owned();
-        let target = || ProcessRequest { container: container.clone(), exec: exec.clone() };
+        let target = || ProcessRequest { container: container.clone(), exec: exec.clone(), bound: true };
         let mut agent = guest.agent()?;
         let resize = |agent: &mut bulkhead_runtime::guest::Agent| {
             if let Some((rows, columns)) = terminal.as_ref().and_then(console::size) {
