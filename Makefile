@@ -40,7 +40,7 @@ deps:
 
 binaries: deps
 	$(call say,building bulkhead and its monitor and its agent)
-	cargo build --release -p bulkhead -p bulkhead-oci -p vmm -p guest-agent
+	cargo build --release -p bulkhead -p bulkhead-oci -p bulkhead-shim -p vmm -p guest-agent
 
 kernel: deps
 	$(call say,guest kernel: built once and then kept in $(CACHE))
@@ -54,7 +54,8 @@ images: deps
 	@tests/images/build >/dev/null
 
 install: all
-	install -D -t $(DESTDIR)$(PREFIX)/bin $(RELEASE)/bulkhead $(RELEASE)/bulkhead-oci $(RELEASE)/bulkhead-vmm
+	install -D -t $(DESTDIR)$(PREFIX)/bin $(RELEASE)/bulkhead $(RELEASE)/bulkhead-oci $(RELEASE)/bulkhead-vmm \
+		$(RELEASE)/containerd-shim-bulkhead-v2
 	install -D -m 644 $(CACHE)/kernel/current/vmlinux $(DESTDIR)$(PREFIX)/share/bulkhead/vmlinux
 	install -D -m 644 $(CACHE)/initramfs.cpio $(DESTDIR)$(PREFIX)/share/bulkhead/initramfs.cpio
 

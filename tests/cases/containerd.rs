@@ -1,5 +1,5 @@
-//! `bulkhead-oci` behind containerd's own shim for runc (`io.containerd.runc.v2`, `BinaryName`), and beside runc: the same
-//! steps with the same daemon.
+//! `containerd-shim-bulkhead-v2`, and `bulkhead-oci` behind containerd's own shim for runc (`BinaryName`), beside runc: the
+//! same steps with the same daemon.
 
 use std::fs;
 use std::time::Duration;
@@ -13,35 +13,39 @@ use bulkhead_tests::test;
 use crate::daemons::{Daemon, Step, lives, side_by_side};
 
 const PATIENCE: Duration = Duration::from_secs(30);
-const IMAGE: &str = "docker.io/library/busybox:latest";
+pub const IMAGE: &str = "docker.io/library/busybox:latest";
+
+/// The flags of a runtime.
+type Runtime = &'static [&'static str];
+pub const SHIM: Runtime = &["--runtime", "io.containerd.bulkhead.v2"];
 
 /// containerd's command line, with a runtime.
-struct Ctr<'a> {
-    host: &'a Host,
-    runtime: &'static str,
+pub struct Ctr<'a> {
+    pub host: &'a Host,
+    pub runtime: Runtime,
 }
 
 impl Ctr<'_> {
-    fn program(host: &Host, words: &[&str]) -> Program {
+    pub fn program(host: &Host, words: &[&str]) -> Program {
         let socket = format!("{}/containerd.sock", host.work().display());
         Program::new(["ctr", "-a", &socket]).args(words.iter().copied())
     }
 
-    fn call(&self, words: &[&str]) -> Result<Finished> {
+    pub fn call(&self, words: &[&str]) -> Result<Finished> {
         Self::program(self.host, words).run()
     }
 
-    fn all(&self, calls: &[&[&str]]) -> Result<()> {
+    pub fn all(&self, calls: &[&[&str]]) -> Result<()> {
         calls.iter().try_for_each(|words| self.call(words)?.ok().map(drop))
     }
 
     /// `ctr run FLAGS IMAGE ID COMMAND`.
-    fn run(&self, flags: &[&str], id: &str, command: &[&str]) -> Result<Finished> {
-        self.call(&[&["run", "--runc-binary", self.runtime], flags, &[IMAGE, id], command].concat())
+    pub fn run(&self, flags: &[&str], id: &str, command: &[&str]) -> Result<Finished> {
+        self.call(&[&["run"], self.runtime, flags, &[IMAGE, id], command].concat())
     }
 
     /// Pid and status of a task; nothing when there is none.
-    fn task(&self, id: &str) -> Result<(String, String)> {
+    pub fn task(&self, id: &str) -> Result<(String, String)> {
         let list = self.call(&["task", "ls"])?.ok()?.stdout();
         let mut words =
             list.lines().find(|line| line.starts_with(id)).unwrap_or("").split_whitespace().skip(1);
@@ -49,7 +53,7 @@ impl Ctr<'_> {
         Ok((next(), next()))
     }
 
-    fn is(&self, id: &str, status: &str) -> Result<()> {
+    pub fn is(&self, id: &str, status: &str) -> Result<()> {
         self.host.eventually(status, PATIENCE, || Ok(self.task(id)?.1 == status))
     }
 }
@@ -148,8 +152,8 @@ fn steps<'a>() -> [Step<Ctr<'a>>; 9] {
     ]
 }
 
-test!(the_same_as_with_runc, Needs::engines().deadline(200).shows_output());
-fn the_same_as_with_runc(host: &Host) -> Result<()> {
+/// containerd, with its files in the test's directory.
+pub fn daemon(host: &Host) -> Result<Daemon> {
     let work = host.work().display();
     // What Kubernetes asks for is not tested here, and looks for networks.
     let settings =
@@ -158,13 +162,28 @@ fn the_same_as_with_runc(host: &Host) -> Result<()> {
         "containerd -c {} -a {work}/containerd.sock --root {work}/root --state {work}/state",
         settings.display()
     );
-    let daemon = Daemon::start(host, &command, || Ctr::program(host, &["version"]))?;
+    Daemon::start(host, &command, || Ctr::program(host, &["version"]))
+}
+
+/// Ends containerd, with all that it keeps.
+pub fn ended(daemon: Daemon) -> Result<()> {
+    daemon.end(&["/run/containerd"])?;
+    // The group of containerd's namespace, which no runtime removes.
+    let _ = fs::remove_dir("/sys/fs/cgroup/default");
+    Ok(())
+}
+
+test!(the_same_as_with_runc, Needs::engines().deadline(200).shows_output());
+fn the_same_as_with_runc(host: &Host) -> Result<()> {
+    let daemon = daemon(host)?;
     let image = host.image("busybox-docker").display().to_string();
     Ctr::program(host, &["images", "import", &image]).run()?.ok()?;
-    let engines = ["runc", "/usr/local/bin/bulkhead-oci"].map(|runtime| (runtime, Ctr { host, runtime }));
-    let done = side_by_side(&engines, &steps());
-    daemon.end(&["/run/containerd"])?;
-    // The group of containerd's namespace, which runc leaves.
-    let _ = fs::remove_dir("/sys/fs/cgroup/default");
+    let engine = |runtime| Ctr { host, runtime };
+    let by_name = engine(&["--runc-binary", "/usr/local/bin/bulkhead-oci"]);
+    let engines = [("runc", engine(&["--runc-binary", "runc"])), ("the shim", engine(SHIM))];
+    // dockerd's test has the rest of it.
+    let few: Vec<_> = steps().into_iter().take(3).collect();
+    let done = side_by_side(&engines, &steps()).and(side_by_side(&[("bulkhead-oci", by_name)], &few));
+    ended(daemon)?;
     done
 }

@@ -27,6 +27,7 @@ mod podman;
 mod pods;
 mod real_images;
 mod run;
+mod shim;
 mod terminal;
 mod virtio_fs;
 

@@ -26,7 +26,17 @@ impl Layout {
         if std::env::var_os("BULKHEAD_TEST_NO_BUILD").is_none() {
             let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
             let built = Command::new(cargo)
-                .args(["build", "--quiet", "--release", "-p", "bulkhead", "-p", "bulkhead-oci"])
+                .args([
+                    "build",
+                    "--quiet",
+                    "--release",
+                    "-p",
+                    "bulkhead",
+                    "-p",
+                    "bulkhead-oci",
+                    "-p",
+                    "bulkhead-shim",
+                ])
                 .args(["-p", "vmm", "-p", "guest-agent"])
                 .current_dir(workspace::root())
                 .stdin(Stdio::null())
@@ -47,6 +57,7 @@ impl Layout {
         let mut layout = Self::default();
         layout.add(release.join("bulkhead"), "bin/bulkhead");
         layout.add(release.join("bulkhead-oci"), "bin/bulkhead-oci");
+        layout.add(release.join("containerd-shim-bulkhead-v2"), "bin/containerd-shim-bulkhead-v2");
         layout.add(release.join("bulkhead-vmm"), "bin/bulkhead-vmm");
         layout.add(kernel, "share/bulkhead/vmlinux");
         layout.add(archive, "share/bulkhead/initramfs.cpio");
