@@ -51,8 +51,8 @@ pub struct Oci {
 struct Known {
     bundle: PathBuf,
     systemd_cgroup: bool,
-    /// The host's cgroup of the container's process, for its account of OOM kills.
-    group: Option<PathBuf>,
+    /// The host's account of OOM kills in the container's cgroup.
+    kills: Option<PathBuf>,
 }
 
 impl Oci {
@@ -155,7 +155,7 @@ impl Oci {
     /// # Errors
     /// Something of it is left.
     pub fn clean_up(&self, id: &str, bundle: &Path) -> Result<()> {
-        self.remember(id, Known { bundle: bundle.to_owned(), systemd_cgroup: false, group: None });
+        self.remember(id, Known { bundle: bundle.to_owned(), systemd_cgroup: false, kills: None });
         self.delete(id)
     }
 }
@@ -180,14 +180,14 @@ impl Backend for Oci {
 
     fn create(&self, create: &Create<More>) -> Result<Made<Open>> {
         let systemd_cgroup = create.more.systemd_cgroup;
-        let mut known = Known { bundle: create.bundle.clone(), systemd_cgroup, group: None };
+        let mut known = Known { bundle: create.bundle.clone(), systemd_cgroup, kills: None };
         let rootfs = create.bundle.join("rootfs");
         mounts::make(&create.more.rootfs, &rootfs)?;
         let bundle = create.bundle.display().to_string();
         let made = self.make(&create.id, &known, "init", &create.stdio, &["create", "--bundle", &bundle]);
         match made {
             Ok(made) => {
-                known.group = group_of(made.pid);
+                known.kills = account_of(made.pid);
                 self.remember(&create.id, known);
                 Ok(made)
             }
@@ -266,10 +266,10 @@ impl Backend for Oci {
     }
 
     fn was_oom(&self, id: &str) -> bool {
-        let group = self.known(id).ok().and_then(|known| known.group);
-        let events = group.and_then(|group| fs::read_to_string(group.join("memory.events")).ok());
-        let kills =
-            events.iter().flat_map(|text| text.lines()).find_map(|line| line.strip_prefix("oom_kill "));
+        let file = self.known(id).ok().and_then(|known| known.kills);
+        let account = file.and_then(|file| fs::read_to_string(file).ok());
+        let mut lines = account.iter().flat_map(|text| text.lines());
+        let kills = lines.find_map(|line| line.strip_prefix("oom_kill "));
         kills.is_some_and(|kills| kills.trim() != "0")
     }
 
@@ -282,9 +282,18 @@ impl Backend for Oci {
     }
 }
 
-/// The directory of a process's cgroup, on a host with the unified hierarchy.
-fn group_of(pid: u32) -> Option<PathBuf> {
+/// Where the host's kernel counts the OOM kills in a process's cgroup: in the same words with cgroup v1 and v2.
+fn account_of(pid: u32) -> Option<PathBuf> {
     let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
-    let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
-    Some(Path::new("/sys/fs/cgroup").join(path))
+    let group = |wanted: &str| {
+        text.lines().find_map(|line| {
+            let (controllers, path) = line.split_once(':')?.1.split_once(":/")?;
+            controllers.split(',').any(|controller| controller == wanted).then(|| path.to_owned())
+        })
+    };
+    let root = Path::new("/sys/fs/cgroup");
+    match group("memory") {
+        Some(path) => Some(root.join("memory").join(path).join("memory.oom_control")),
+        None => Some(root.join(group("")?).join("memory.events")),
+    }
 }
