@@ -10,7 +10,6 @@ use std::io::Read;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
-use bulkhead_runtime::monitor::Shape;
 use bulkhead_runtime::network::{NamespaceRef, names};
 use bulkhead_runtime::shares::Access;
 use bulkhead_runtime::{Context, Error, Result};
@@ -28,13 +27,6 @@ use crate::store::Hooks;
 const MAX_BYTES: u64 = 8 << 20;
 /// Of this much the servers are read.
 const MAX_RESOLV_CONF: u64 = 64 << 10;
-/// What `dev.bulkhead.` annotations can say.
-const MEMORY: &str = "dev.bulkhead.memory";
-const VCPUS: &str = "dev.bulkhead.vcpus";
-/// What containerd's CRI says at a pod's first container about all of them: bytes, microseconds, 0 for no limit.
-const POD_MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
-const POD_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
-const POD_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
 /// A bundle, read and understood.
 #[derive(Debug)]
 pub struct Bundle {
@@ -110,9 +102,10 @@ impl Bundle {
         let hooks: Hooks = serde_json::from_value(from(spec.get("hooks"), "hooks")?)
             .context(|| format!("{}: hooks", path.display()))?;
         hooks.check()?;
-        let annotations = serde_json::from_value(from(spec.get("annotations"), "annotations")?)
-            .context(|| format!("{}: annotations", path.display()))?;
-        let vm = Vm::read(&spec).map_err(in_file)?;
+        let annotations: BTreeMap<String, String> =
+            serde_json::from_value(from(spec.get("annotations"), "annotations")?)
+                .context(|| format!("{}: annotations", path.display()))?;
+        let vm = Vm::read(&spec, &annotations).map_err(in_file)?;
         let (network, joined) = take_namespaces(&mut spec).map_err(in_file)?;
         take_devices(&mut spec, log).map_err(in_file)?;
         drop_labels(&mut spec, log);
@@ -144,83 +137,6 @@ impl Bundle {
             spec,
             binds,
         })
-    }
-
-    /// The machine that the container needs: its memory limit and CPUs, or what annotations say.
-    ///
-    /// # Errors
-    /// An annotation that is no number.
-    pub fn shape(&self) -> Result<Shape> {
-        let number = |key: &str| {
-            self.annotations
-                .get(key)
-                .map(|value| {
-                    value
-                        .parse::<u64>()
-                        .map_err(|_| usage(format!("annotation {key}: {value:?} is no number")))
-                })
-                .transpose()
-        };
-        let limit = |path: &str| self.spec.pointer(path).and_then(Value::as_i64).filter(|&limit| limit > 0);
-        let memory = limit("/linux/resources/memory/limit").and_then(|limit| u64::try_from(limit).ok());
-        let memory = memory.or(number(POD_MEMORY)?.filter(|&bytes| bytes > 0));
-        let period = limit("/linux/resources/cpu/period").and_then(|period| u64::try_from(period).ok());
-        let quota = limit("/linux/resources/cpu/quota").and_then(|quota| u64::try_from(quota).ok());
-        let (quota, period) = match quota {
-            Some(quota) => (Some(quota), period),
-            None => (number(POD_QUOTA)?.filter(|&quota| quota > 0), number(POD_PERIOD)?),
-        };
-        let period = period.unwrap_or(100_000).max(1);
-        let milli_cpus = quota.map(|quota| quota.saturating_mul(1000) / period);
-        // A limit may be above what the host has. A machine cannot.
-        let (most_memory, most_cpus) = check::host();
-        let memory = memory.map(|bytes| bytes.min(most_memory));
-        let milli_cpus = milli_cpus.map(|cpus| cpus.clamp(1, most_cpus.saturating_mul(1000)));
-        let mut shape = Shape::new(memory, milli_cpus);
-        if let Some(bytes) = self.vm.memory {
-            shape.memory_mib = u32::try_from(bytes >> 20)
-                .map_err(|_| usage(format!("vm.hwConfig.memory: {bytes} bytes")))?;
-        }
-        if let Some(vcpus) = self.vm.vcpus {
-            shape.vcpus = u8::try_from(vcpus).map_err(|_| usage(format!("vm.hwConfig.vcpus: {vcpus}")))?;
-        }
-        if let Some(mib) = number(MEMORY)? {
-            shape.memory_mib =
-                u32::try_from(mib).map_err(|_| usage(format!("annotation {MEMORY}: {mib} MiB")))?;
-        }
-        if let Some(vcpus) = number(VCPUS)? {
-            shape.vcpus = u8::try_from(vcpus).map_err(|_| usage(format!("annotation {VCPUS}: {vcpus}")))?;
-        }
-        Ok(shape)
-    }
-
-    /// A machine that others share is of its first container's making.
-    pub fn warn_of_what_the_pod_decides(&self, log: &Log, machine_mib: u32) {
-        let number = |pointer: &str| self.resources.pointer(pointer).and_then(Value::as_u64);
-        if let Some(limit) = number("/memory/limit").filter(|limit| *limit >> 20 > u64::from(machine_mib)) {
-            log.warn(&format!(
-                "linux.resources.memory.limit {limit}: the microVM that the container joins has {machine_mib} MiB \
-                 (annotation {MEMORY} of the pod's first container sets them)"
-            ));
-        }
-        for (pointer, name) in [("/cpu/cpus", "cpu.cpus"), ("/cpu/mems", "cpu.mems"), ("/blockIO", "blockIO")]
-        {
-            let value = self.resources.pointer(pointer);
-            if value.is_some_and(|value| value.as_str() != Some("") && !value.is_null()) {
-                log.warn(&format!(
-                    "linux.resources.{name}: it names processors and disks of the host, which those of the microVM that \
-                     the container joins have been chosen from by the pod's first container"
-                ));
-            }
-        }
-        let asked = [self.vm.memory.is_some(), self.vm.vcpus.is_some(), self.vm.kernel.is_some()];
-        let asked =
-            asked.contains(&true) || [MEMORY, VCPUS].iter().any(|key| self.annotations.contains_key(*key));
-        if asked {
-            log.warn(
-                "the size and the kernel of the microVM that the container joins are the first container's",
-            );
-        }
     }
 
     /// The name server of dockerd's that the container is to ask, if it is.
@@ -382,11 +298,11 @@ fn find_binds(spec: &Value) -> Result<Vec<usize>, String> {
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn bundle(config: &str) -> Result<Bundle> {
+    pub fn bundle(config: &str) -> Result<Bundle> {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir(dir.path().join("rootfs")).unwrap();
         fs::write(dir.path().join("config.json"), config).unwrap();
@@ -403,7 +319,7 @@ mod tests {
         Bundle::read(dir.path(), &Log::open(&global).unwrap())
     }
 
-    const GOOD: &str = r#"{"ociVersion":"1.2.0","process":{"args":["a"],"cwd":"/"},"root":{"path":"rootfs"},
+    pub const GOOD: &str = r#"{"ociVersion":"1.2.0","process":{"args":["a"],"cwd":"/"},"root":{"path":"rootfs"},
         "linux":{"namespaces":[{"type":"network"},{"type":"pid"}],"resources":{"memory":{"limit":134217728},
         "cpu":{"quota":150000,"period":100000}}},"annotations":{"a":"b"}}"#;
 
@@ -416,42 +332,6 @@ mod tests {
         let shape = bundle.shape().unwrap();
         assert_eq!(shape.vcpus, 2);
         assert!(shape.memory_mib > 128);
-    }
-
-    #[test]
-    fn a_pods_limits_size_its_machine() {
-        let limits = r#""annotations":{"io.kubernetes.cri.sandbox-memory":"1073741824",
-            "io.kubernetes.cri.sandbox-cpu-quota":"250000","io.kubernetes.cri.sandbox-cpu-period":"100000"}"#;
-        let pod = GOOD.replace(r#""annotations":{"a":"b"}"#, limits);
-        let first =
-            pod.replace(r#""memory":{"limit":134217728}"#, r#""memory":{}"#).replace("\"quota\":150000,", "");
-        let shape = bundle(&first).unwrap().shape().unwrap();
-        let most = check::host().1.min(3);
-        assert!(u64::from(shape.vcpus) == most && shape.memory_mib > 1024, "{shape:?}");
-        // Its own limits come first.
-        let shape = bundle(&pod).unwrap().shape().unwrap();
-        assert!(shape.vcpus <= 2 && shape.memory_mib < 512, "{shape:?}");
-    }
-
-    #[test]
-    fn vm_is_honoured_or_refused() {
-        let with = |vm: &str| bundle(&GOOD.replace("\"annotations\":{\"a\":\"b\"}", &format!("\"vm\":{vm}")));
-        let good = r#"{"kernel":{"path":"/k","parameters":[]},"hwConfig":{"vcpus":3,"memory":1073741824}}"#;
-        let good = with(good).unwrap();
-        let shape = good.shape().unwrap();
-        assert_eq!(
-            (good.vm.kernel.as_deref(), shape.vcpus, shape.memory_mib),
-            (Some(Path::new("/k")), 3, 1024)
-        );
-        for (bad, word) in [
-            (r#"{"hypervisor":{"path":"/usr/bin/other"}}"#, "vm.hypervisor.path"),
-            (r#"{"kernel":{"path":"k"}}"#, "vm.kernel.path"),
-            (r#"{"hwConfig":{"vcpus":-1}}"#, "vm.hwConfig.vcpus"),
-            ("[]", "vm is no object"),
-        ] {
-            let error = with(bad).unwrap_err().chain();
-            assert!(error.contains(word), "{bad}: {error}");
-        }
     }
 
     #[test]

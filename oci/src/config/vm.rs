@@ -1,8 +1,27 @@
-//! `vm`: the machine that a container asks for.
+//! The machine that a container asks for: by its limits, by `vm` of runtime-spec 1.3, by annotations.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use bulkhead_runtime::Result as Outcome;
+use bulkhead_runtime::monitor::Shape;
 use serde_json::Value;
+
+use super::{Bundle, check, usage};
+use crate::log::Log;
+
+/// What all annotations of ours begin with.
+const PREFIX: &str = "dev.bulkhead.";
+/// MiB of the machine.
+const MEMORY: &str = "dev.bulkhead.memory";
+/// Its processors.
+const VCPUS: &str = "dev.bulkhead.vcpus";
+/// Path of its kernel.
+const KERNEL: &str = "dev.bulkhead.kernel";
+/// What containerd's CRI says at a pod's first container about all of them: bytes, microseconds, 0 for no limit.
+const POD_MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
+const POD_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
+const POD_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
 
 /// What of `vm` (runtime-spec 1.3) is honoured.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -16,12 +35,32 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// Reads `vm` of a config.json.
+    /// Reads `vm` of a config.json, and the annotations, which come before it.
     ///
     /// # Errors
-    /// It asks for what cannot be had: another hypervisor than this one, say.
-    pub(super) fn read(spec: &Value) -> Result<Self, String> {
-        let Some(vm) = spec.get("vm").filter(|vm| !vm.is_null()) else { return Ok(Self::default()) };
+    /// They ask for what cannot be had: another hypervisor than this one, say.
+    pub(super) fn read(spec: &Value, annotations: &BTreeMap<String, String>) -> Result<Self, String> {
+        let mut read = match spec.get("vm").filter(|vm| !vm.is_null()) {
+            Some(vm) => Self::of_object(vm)?,
+            None => Self::default(),
+        };
+        for (key, value) in annotations.iter().filter(|(key, _)| key.starts_with(PREFIX)) {
+            let number =
+                || value.parse::<u64>().map_err(|_| format!("annotation {key}: {value:?} is no number"));
+            match key.as_str() {
+                MEMORY => read.memory = Some(number()?.saturating_mul(1 << 20)),
+                VCPUS => read.vcpus = Some(number()?),
+                KERNEL if value.starts_with('/') => read.kernel = Some(value.into()),
+                KERNEL => return Err(format!("annotation {key}: {value:?} is no absolute path")),
+                _ => {
+                    return Err(format!("annotation {key} is not known: {MEMORY}, {VCPUS} and {KERNEL} are"));
+                }
+            }
+        }
+        Ok(read)
+    }
+
+    fn of_object(vm: &Value) -> Result<Self, String> {
         let mut read = Self::default();
         for (part, value) in vm.as_object().ok_or("vm is no object")? {
             for (name, value) in value.as_object().ok_or_else(|| format!("vm.{part} is no object"))? {
@@ -44,5 +83,130 @@ impl Vm {
             }
         }
         Ok(read)
+    }
+}
+
+impl Bundle {
+    /// The machine that the container needs: its memory limit and CPUs, or what it asks for outright.
+    ///
+    /// # Errors
+    /// A number that no machine has.
+    pub fn shape(&self) -> Outcome<Shape> {
+        let limit = |path: &str| {
+            let limit = self.spec.pointer(path).and_then(Value::as_i64).filter(|&limit| limit > 0);
+            limit.and_then(|limit| u64::try_from(limit).ok())
+        };
+        let told = |key: &str| -> Outcome<Option<u64>> {
+            let number =
+                |text: &String| text.parse::<u64>().map_err(|_| usage(format!("annotation {key}: {text:?}")));
+            Ok(self.annotations.get(key).map(number).transpose()?.filter(|&number| number > 0))
+        };
+        let memory = limit("/linux/resources/memory/limit").or(told(POD_MEMORY)?);
+        let (quota, period) = match limit("/linux/resources/cpu/quota") {
+            Some(quota) => (Some(quota), limit("/linux/resources/cpu/period")),
+            None => (told(POD_QUOTA)?, told(POD_PERIOD)?),
+        };
+        let milli_cpus = quota.map(|quota| quota.saturating_mul(1000) / period.unwrap_or(100_000));
+        // A limit may be above what the host has. A machine cannot.
+        let (most_memory, most_cpus) = check::host();
+        let memory = memory.map(|bytes| bytes.min(most_memory));
+        let milli_cpus = milli_cpus.map(|cpus| cpus.clamp(1, most_cpus.saturating_mul(1000)));
+        let mut shape = Shape::new(memory, milli_cpus);
+        if let Some(bytes) = self.vm.memory {
+            shape.memory_mib = u32::try_from(bytes >> 20)
+                .map_err(|_| usage(format!("a machine of {bytes} bytes of memory")))?;
+        }
+        if let Some(vcpus) = self.vm.vcpus {
+            shape.vcpus = u8::try_from(vcpus).map_err(|_| usage(format!("a machine of {vcpus} vCPUs")))?;
+        }
+        Ok(shape)
+    }
+
+    /// A machine that others share is of its first container's making.
+    pub fn warn_of_what_the_pod_decides(&self, log: &Log, machine_mib: u32) {
+        let number = |pointer: &str| self.resources.pointer(pointer).and_then(Value::as_u64);
+        if let Some(limit) = number("/memory/limit").filter(|limit| *limit >> 20 > u64::from(machine_mib)) {
+            log.warn(&format!(
+                "linux.resources.memory.limit {limit}: the microVM that the container joins has {machine_mib} MiB \
+                 (annotation {MEMORY} of the pod's first container sets them)"
+            ));
+        }
+        for (pointer, name) in [("/cpu/cpus", "cpu.cpus"), ("/cpu/mems", "cpu.mems"), ("/blockIO", "blockIO")]
+        {
+            let value = self.resources.pointer(pointer);
+            if value.is_some_and(|value| value.as_str() != Some("") && !value.is_null()) {
+                log.warn(&format!(
+                    "linux.resources.{name}: it names processors and disks of the host, which those of the microVM that \
+                     the container joins have been chosen from by the pod's first container"
+                ));
+            }
+        }
+        if self.vm != Vm::default() {
+            log.warn(
+                "the size and the kernel of the microVM that the container joins are the first container's",
+            );
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::super::tests::{GOOD, bundle};
+    use super::*;
+
+    #[test]
+    fn a_pods_limits_size_its_machine() {
+        let limits = r#""annotations":{"io.kubernetes.cri.sandbox-memory":"1073741824",
+            "io.kubernetes.cri.sandbox-cpu-quota":"250000","io.kubernetes.cri.sandbox-cpu-period":"100000"}"#;
+        let pod = GOOD.replace(r#""annotations":{"a":"b"}"#, limits);
+        let first =
+            pod.replace(r#""memory":{"limit":134217728}"#, r#""memory":{}"#).replace("\"quota\":150000,", "");
+        let shape = bundle(&first).unwrap().shape().unwrap();
+        let most = check::host().1.min(3);
+        assert!(u64::from(shape.vcpus) == most && shape.memory_mib > 1024, "{shape:?}");
+        // Its own limits come first.
+        let shape = bundle(&pod).unwrap().shape().unwrap();
+        assert!(shape.vcpus <= 2 && shape.memory_mib < 512, "{shape:?}");
+    }
+
+    #[test]
+    fn annotations_come_first_and_are_known() {
+        let with = |more: &str| bundle(&GOOD.replace(r#""a":"b""#, more));
+        let good = with(r#""dev.bulkhead.memory":"256","dev.bulkhead.vcpus":"1","dev.bulkhead.kernel":"/k""#)
+            .unwrap();
+        let shape = good.shape().unwrap();
+        assert_eq!((shape.memory_mib, shape.vcpus), (256, 1));
+        assert_eq!(good.vm.kernel.as_deref(), Some(Path::new("/k")));
+        for (bad, word) in [
+            (r#""dev.bulkhead.memory":"many""#, "no number"),
+            (r#""dev.bulkhead.kernel":"k""#, "absolute"),
+            (r#""dev.bulkhead.cpus":"1""#, "not known"),
+        ] {
+            let error = with(bad).unwrap_err().chain();
+            assert!(error.contains(word), "{bad}: {error}");
+        }
+    }
+
+    #[test]
+    fn vm_is_honoured_or_refused() {
+        let with = |vm: &str| bundle(&GOOD.replace("\"annotations\":{\"a\":\"b\"}", &format!("\"vm\":{vm}")));
+        let good = r#"{"kernel":{"path":"/k","parameters":[]},"hwConfig":{"vcpus":3,"memory":1073741824}}"#;
+        let good = with(good).unwrap();
+        let shape = good.shape().unwrap();
+        assert_eq!(
+            (good.vm.kernel.as_deref(), shape.vcpus, shape.memory_mib),
+            (Some(Path::new("/k")), 3, 1024)
+        );
+        for (bad, word) in [
+            (r#"{"hypervisor":{"path":"/usr/bin/other"}}"#, "vm.hypervisor.path"),
+            (r#"{"kernel":{"path":"k"}}"#, "vm.kernel.path"),
+            (r#"{"hwConfig":{"vcpus":-1}}"#, "vm.hwConfig.vcpus"),
+            ("[]", "vm is no object"),
+        ] {
+            let error = with(bad).unwrap_err().chain();
+            assert!(error.contains(word), "{bad}: {error}");
+        }
     }
 }
