@@ -4,6 +4,7 @@ mod archives;
 mod bad_input;
 mod containerd;
 mod containers;
+mod cri;
 mod daemons;
 mod docker;
 mod figures;

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`registry`] | what a test is and what it says it needs; [`test!`] registers one |
 //! | [`host`], [`process`], [`console`] | what a test works with: the KVM host from inside, programs, terminals |
+//! | [`cri`] | what kubelet says to a container runtime |
 //! | [`leak`] | what a test left behind |
 //! | [`runner`], [`inside`] | the outside (`cargo test`'s arguments) and the inside (one test, watched over) |
 //! | [`stage`] | what is under test, built and laid out as an installation would be |
@@ -13,6 +14,7 @@
 //! | [`workspace`] | where things are in the source tree, and how to build cached things once |
 
 pub mod console;
+pub mod cri;
 pub mod emulated;
 pub mod host;
 pub mod initramfs;

@@ -1,0 +1,214 @@
+//! Pods as kubelet makes them: containerd's CRI plugin with CNI's bridge, and a handler that is a microVM, beside runc's.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use bulkhead_tests::cri::{
+    Container, ContainerMetadata, Cri, Dns, EXITED, Image, LinuxContainer, LinuxPod, Pod, PodMetadata,
+    Resources,
+};
+use bulkhead_tests::host::Host;
+use bulkhead_tests::oci_image;
+use bulkhead_tests::process::Program;
+use bulkhead_tests::registry::Needs;
+use bulkhead_tests::test;
+use serde_json::json;
+
+use crate::containerd::IMAGE;
+use crate::daemons::{Daemon, Step, side_by_side};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+/// An image that does nothing for long, which holds a pod together.
+const PAUSE: &str = "docker.io/library/pause:latest";
+const MIB: i64 = 1 << 20;
+
+/// A node with one runtime.
+struct Node<'a> {
+    host: &'a Host,
+    cri: Cri,
+    handler: &'static str,
+}
+
+impl Node<'_> {
+    fn pod(&self, name: &str) -> Pod {
+        let metadata = PodMetadata {
+            name: name.into(),
+            uid: format!("{}-{name}", self.handler),
+            namespace: "test".into(),
+        };
+        let resources = Some(Resources { memory_limit: 300 * MIB });
+        Pod {
+            metadata: Some(metadata),
+            hostname: name.into(),
+            log_directory: self
+                .host
+                .work()
+                .join(format!("logs-{}-{name}", self.handler))
+                .display()
+                .to_string(),
+            dns: Some(Dns { servers: vec!["10.99.0.1".into()] }),
+            linux: Some(LinuxPod { resources }),
+        }
+    }
+
+    /// Makes and starts a container.
+    fn start(&self, pod: (&str, &Pod), name: &str, attempt: u32, script: &str) -> Result<String> {
+        let image = Image { image: IMAGE.into(), ..Image::default() };
+        let linux = LinuxContainer { resources: Some(Resources { memory_limit: 64 * MIB }) };
+        let container = Container {
+            metadata: Some(ContainerMetadata { name: name.into(), attempt }),
+            image: Some(image),
+            command: ["sh", "-c", script].map(str::to_owned).to_vec(),
+            log_path: format!("{name}.log"),
+            linux: Some(linux),
+        };
+        let id = self.cri.create(pod.0, pod.1, container)?;
+        self.cri.on("StartContainer", &id, 0)?;
+        Ok(id)
+    }
+
+    /// Waits for a container's end; answers its status and the reason.
+    fn ended(&self, id: &str) -> Result<(i32, String)> {
+        let mut status = self.cri.status(id)?;
+        self.host.eventually("its end", PATIENCE, || {
+            status = self.cri.status(id)?;
+            Ok(status.state == EXITED)
+        })?;
+        Ok((status.exit_code, status.reason))
+    }
+
+    fn remove(&self, pod: &str) -> Result<()> {
+        self.cri.on("StopPodSandbox", pod, 0)?;
+        self.cri.on("RemovePodSandbox", pod, 0)
+    }
+}
+
+const SERVER: &str = "mkdir /www; echo served >/www/f; echo up; exec httpd -f -p 80 -h /www";
+
+fn comes_and_goes(node: &Node<'_>) -> Result<()> {
+    let pod = node.cri.run_pod(&node.pod("empty"), node.handler)?;
+    node.remove(&pod)
+}
+
+fn containers_of_a_pod(node: &Node<'_>) -> Result<()> {
+    let config = node.pod("web");
+    let pod = node.cri.run_pod(&config, node.handler)?;
+    let here = (pod.as_str(), &config);
+    let web = node.start(here, "web", 0, SERVER)?;
+    let address = node.cri.address(&pod)?;
+    let url = format!("http://{address}/f");
+    node.host.eventually("the pod's server", PATIENCE, || {
+        Ok(node.host.run(["wget", "-q", "-O", "-", &url])?.stdout() == "served\n")
+    })?;
+    let log = fs::read_to_string(format!("{}/web.log", config.log_directory))?;
+    ensure!(log.ends_with(" stdout F up\n"), "the log says {log:?}");
+
+    // An init container, or any other that ends: beside it, in its network, with a root and limits of its own.
+    let script = "hostname; wget -q -O - http://127.0.0.1/f; test -e /www || echo alone; exit 4";
+    let second = node.start(here, "second", 0, script)?;
+    ensure!(node.ended(&second)? == (4, "Error".into()));
+    let log = fs::read_to_string(format!("{}/second.log", config.log_directory))?;
+    let words: Vec<_> = log.lines().filter_map(|line| line.split(' ').nth(3)).collect();
+    ensure!(words == ["web", "served", "alone"], "{words:?}");
+    node.cri.on("RemoveContainer", &second, 0)?;
+    let again = node.start(here, "second", 1, "sleep 1000")?;
+    let limit = node.cri.exec(&again, &["cat", "/sys/fs/cgroup/memory.max"])?;
+    ensure!(limit == ((64 * MIB).to_string() + "\n", String::new(), 0), "{limit:?}");
+    let failed = node.cri.exec(&again, &["sh", "-c", "echo bad >&2; exit 7"])?;
+    ensure!(failed == (String::new(), "bad\n".into(), 7), "{failed:?}");
+
+    let hungry = node.start(here, "hungry", 0, "tail /dev/zero")?;
+    ensure!(node.ended(&hungry)? == (137, "OOMKilled".into()), "{:?}", node.ended(&hungry)?);
+    ensure!(node.cri.memory(&web)? > 0);
+    if node.handler == "bulkhead" {
+        let count =
+            |program: &str| Ok(node.host.run(["pgrep", "-c", "-f", program])?.stdout().trim().to_owned());
+        let counts: Result<Vec<String>> =
+            ["bulkhead-vmm", "containerd-shim-bulkhead"].into_iter().map(count).collect();
+        ensure!(counts? == ["1", "1"], "the pod has more than one machine and one shim");
+    }
+    node.cri.on("StopContainer", &web, 1)?;
+    node.ended(&web)?;
+    node.remove(&pod)
+}
+
+fn two_pods(node: &Node<'_>) -> Result<()> {
+    let (one, two) = (node.pod("one"), node.pod("two"));
+    let (first, second) = (node.cri.run_pod(&one, node.handler)?, node.cri.run_pod(&two, node.handler)?);
+    let server = node.start((&first, &one), "server", 0, SERVER)?;
+    let client = node.start((&second, &two), "client", 0, "sleep 1000")?;
+    let url = format!("http://{}/f", node.cri.address(&first)?);
+    node.host.eventually("the other pod's server", PATIENCE, || {
+        Ok(node.cri.exec(&client, &["wget", "-q", "-O", "-", &url])?.0 == "served\n")
+    })?;
+    let boot = ["cat", "/proc/sys/kernel/random/boot_id"];
+    let same = node.cri.exec(&server, &boot)?.0 == node.cri.exec(&client, &boot)?.0;
+    ensure!(same == (node.handler == "runc"), "pods and kernels");
+    node.remove(&first)?;
+    node.remove(&second)
+}
+
+fn steps<'a>() -> [Step<Node<'a>>; 4] {
+    [
+        ("a pod comes and goes", comes_and_goes),
+        ("once more", comes_and_goes),
+        ("containers of a pod: network, log, exec, limits, OOM, again", containers_of_a_pod),
+        ("two pods, one asks the other", two_pods),
+    ]
+}
+
+/// containerd with its CRI plugin, and what that needs.
+fn daemon(host: &Host) -> Result<Daemon> {
+    let work = host.work().display();
+    let bridge = json!({"type": "bridge", "bridge": "cni0", "isGateway": true, "ipam": {
+        "type": "host-local", "subnet": "10.99.0.0/24", "dataDir": format!("{work}/addresses"),
+    }});
+    let network = json!({"cniVersion": "1.0.0", "name": "pods", "plugins": [bridge]});
+    host.file("net.d/pods.conflist", network.to_string())?;
+    let settings = format!(
+        "version = 2\n[plugins.\"io.containerd.grpc.v1.cri\"]\nsandbox_image = \"{PAUSE}\"\n\
+         [plugins.\"io.containerd.grpc.v1.cri\".cni]\nbin_dir = \"/usr/lib/cni\"\nconf_dir = \"{work}/net.d\"\n\
+         [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.runc]\nruntime_type = \"io.containerd.runc.v2\"\n\
+         [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.bulkhead]\n\
+         runtime_type = \"io.containerd.bulkhead.v2\"\n"
+    );
+    let settings = host.file("config.toml", &settings)?;
+    let command = format!(
+        "containerd -c {} -a {work}/containerd.sock --root {work}/root --state {work}/state",
+        settings.display()
+    );
+    let ctr = || Program::new(["ctr", "-a", &format!("{work}/containerd.sock"), "-n", "k8s.io"]);
+    let daemon = Daemon::start(host, &command, || ctr().args(["version"]))?;
+    let bin = host.work().join("pause/bin");
+    fs::create_dir_all(&bin)?;
+    fs::copy("/usr/bin/busybox", bin.join("busybox"))?;
+    symlink("busybox", bin.join("sleep"))?;
+    let layer = oci_image::Layer::from_dir(&host.work().join("pause"), &oci_image::Owners::default())?;
+    let config = json!({"Entrypoint": ["sleep", "1000000"], "Env": ["PATH=/bin"]});
+    let pause = oci_image::Image { name: "pause:latest".into(), layers: vec![layer], config };
+    let file = host.work().join("pause.tar");
+    pause.write_oci(fs::File::create(&file)?)?;
+    for image in [file, host.image("busybox-docker")] {
+        ctr().args(["images", "import", &image.display().to_string()]).run()?.ok()?;
+    }
+    Ok(daemon)
+}
+
+test!(pods_are_as_with_runc, Needs::engines().deadline(300).shows_output().may_leave_things());
+fn pods_are_as_with_runc(host: &Host) -> Result<()> {
+    let daemon = daemon(host)?;
+    let node = |handler| -> Result<_> {
+        let cri = Cri::connect(&host.work().join("containerd.sock"))?;
+        Ok((handler, Node { host, cri, handler }))
+    };
+    let done = side_by_side(&[node("runc")?, node("bulkhead")?], &steps());
+    // The bridge and the pods' addresses stay, as on any node; nothing that runs does.
+    for program in ["bulkhead-vmm", "bulkhead-oci", "virtiofsd", "containerd-shim"] {
+        let left = host.run(["pgrep", "-a", "-f", program])?;
+        ensure!(left.status == 1, "{program} is still there: {}", left.stdout());
+    }
+    daemon.end(&["/run/containerd"])?;
+    done
+}
