@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use bulkhead_tests::cri::{
     Container, ContainerMetadata, Cri, Dns, EXITED, Image, LinuxContainer, LinuxPod, Pod, PodMetadata,
     Resources,
@@ -28,6 +28,7 @@ const MIB: i64 = 1 << 20;
 struct Node<'a> {
     host: &'a Host,
     cri: Cri,
+    containerd: &'static str,
     handler: &'static str,
 }
 
@@ -45,7 +46,7 @@ impl Node<'_> {
             log_directory: self
                 .host
                 .work()
-                .join(format!("logs-{}-{name}", self.handler))
+                .join(format!("logs-{}-{}-{name}", self.containerd, self.handler))
                 .display()
                 .to_string(),
             dns: Some(Dns { servers: vec!["10.99.0.1".into()] }),
@@ -159,8 +160,8 @@ fn steps<'a>() -> [Step<Node<'a>>; 4] {
     ]
 }
 
-/// containerd with its CRI plugin, and what that needs.
-fn daemon(host: &Host) -> Result<Daemon> {
+/// A containerd with its CRI plugin, and what that needs.
+fn daemon(host: &Host, program: &str) -> Result<Daemon> {
     let work = host.work().display();
     let bridge = json!({"type": "bridge", "bridge": "cni0", "isGateway": true, "ipam": {
         "type": "host-local", "subnet": "10.99.0.0/24", "dataDir": format!("{work}/addresses"),
@@ -176,7 +177,7 @@ fn daemon(host: &Host) -> Result<Daemon> {
     );
     let settings = host.file("config.toml", &settings)?;
     let command = format!(
-        "containerd -c {} -a {work}/containerd.sock --root {work}/root --state {work}/state",
+        "{program} -c {} -a {work}/containerd.sock --root {work}/{program} --state {work}/state",
         settings.display()
     );
     let ctr = || Program::new(["ctr", "-a", &format!("{work}/containerd.sock"), "-n", "k8s.io"]);
@@ -184,7 +185,9 @@ fn daemon(host: &Host) -> Result<Daemon> {
     let bin = host.work().join("pause/bin");
     fs::create_dir_all(&bin)?;
     fs::copy("/usr/bin/busybox", bin.join("busybox"))?;
-    symlink("busybox", bin.join("sleep"))?;
+    if !bin.join("sleep").exists() {
+        symlink("busybox", bin.join("sleep"))?;
+    }
     let layer = oci_image::Layer::from_dir(&host.work().join("pause"), &oci_image::Owners::default())?;
     let config = json!({"Entrypoint": ["sleep", "1000000"], "Env": ["PATH=/bin"]});
     let pause = oci_image::Image { name: "pause:latest".into(), layers: vec![layer], config };
@@ -198,16 +201,41 @@ fn daemon(host: &Host) -> Result<Daemon> {
 
 test!(pods_are_as_with_runc, Needs::engines().deadline(300).shows_output().may_leave_things());
 fn pods_are_as_with_runc(host: &Host) -> Result<()> {
-    let daemon = daemon(host)?;
-    let node = |handler| -> Result<_> {
-        let cri = Cri::connect(&host.work().join("containerd.sock"))?;
-        Ok((handler, Node { host, cri, handler }))
-    };
-    let done = side_by_side(&[node("runc")?, node("bulkhead")?], &steps());
-    // The bridge and the pods' addresses stay, as on any node; nothing that runs does.
+    with_containerd(host, "containerd", || {
+        let nodes = [node(host, "containerd", "runc")?, node(host, "containerd", "bulkhead")?];
+        side_by_side(&nodes, &steps())
+    })
+}
+
+test!(newer_containerds_take_the_shim, Needs::engines().deadline(300).shows_output().may_leave_things());
+fn newer_containerds_take_the_shim(host: &Host) -> Result<()> {
+    let [quick, _, whole, _] = steps();
+    for program in ["containerd-1.7", "containerd-2.1"] {
+        let done = with_containerd(host, program, || {
+            side_by_side(&[(program, node(host, program, "bulkhead")?.1)], &[quick, whole])
+        });
+        done.context(program)?;
+    }
+    Ok(())
+}
+
+fn node<'a>(
+    host: &'a Host,
+    containerd: &'static str,
+    handler: &'static str,
+) -> Result<(&'static str, Node<'a>)> {
+    let cri = Cri::connect(&host.work().join("containerd.sock"))?;
+    Ok((handler, Node { host, cri, containerd, handler }))
+}
+
+/// Does something while a containerd runs, and sees to it that nothing that runs is left.
+fn with_containerd(host: &Host, program: &str, work: impl FnOnce() -> Result<()>) -> Result<()> {
+    let daemon = daemon(host, program)?;
+    let done = work();
+    // The bridge and the pods' addresses stay, as on any node.
     for program in ["bulkhead-vmm", "bulkhead-oci", "virtiofsd", "containerd-shim"] {
         let left = host.run(["pgrep", "-a", "-f", program])?;
-        ensure!(left.status == 1, "{program} is still there: {}", left.stdout());
+        ensure!(done.is_err() || left.status == 1, "{program} is still there: {}", left.stdout());
     }
     daemon.end(&["/run/containerd"])?;
     done
