@@ -58,7 +58,7 @@ pub enum Command {
     #[command(subcommand)]
     Image(ImageCommand),
     /// Check whether this host can run sandboxes, and say what to do if not.
-    Doctor(FormatArgs),
+    Doctor(DoctorArgs),
 }
 
 #[derive(Debug, Args)]
@@ -374,6 +374,15 @@ pub struct PruneArgs {
     /// All images that no container uses, with or without a name.
     #[arg(short, long)]
     pub all: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// Look at containerd, docker and podman too, and print the lines to add to their settings.
+    #[arg(long)]
+    pub engines: bool,
+    #[command(flatten)]
+    pub format: FormatArgs,
 }
 
 #[derive(Debug, Args)]

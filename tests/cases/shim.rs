@@ -188,6 +188,24 @@ fn events_come_in_order_and_streams_are_whole(host: &Host) -> Result<()> {
     ended(daemon)
 }
 
+test!(doctor_says_what_engines_lack, NEEDS);
+fn doctor_says_what_engines_lack(host: &Host) -> Result<()> {
+    let doctor = || host.bulkhead(["doctor", "--engines"]);
+    // The lines stand by themselves, to be copied.
+    let advice = doctor()?
+        .ok()?
+        .stdout_has("    [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.bulkhead]\n")?;
+    advice.stdout_has("    \"runtimes\": {\"bulkhead\": {\"path\": \"/usr/local/bin/bulkhead-oci\"}}\n")?;
+    fs::create_dir_all("/etc/docker")?;
+    let runtimes = "{\"runtimes\": {\"vm\": {\"path\": \"/usr/local/bin/bulkhead-oci\"}}}";
+    fs::write("/etc/docker/daemon.json", runtimes)?;
+    doctor()?.ok()?.stdout_has("`docker run --runtime vm`")?;
+    fs::write("/etc/docker/daemon.json", "{")?;
+    doctor()?.failed()?.stdout_has("/etc/docker/daemon.json: EOF")?;
+    fs::remove_dir_all("/etc/docker")?;
+    Ok(())
+}
+
 test!(the_program_says_what_it_is, Needs::bulkhead());
 fn the_program_says_what_it_is(_: &Host) -> Result<()> {
     let program = "containerd-shim-bulkhead-v2";

@@ -1,15 +1,20 @@
 //! `bulkhead doctor`.
 
+use std::path::Path;
+
 use bulkhead_runtime::Layout;
 use bulkhead_runtime::doctor::{self as runtime, Verdict};
 
-use crate::args::FormatArgs;
+use crate::args::DoctorArgs;
 use crate::failure::Outcome;
 use crate::table::{self, Format};
 
-pub fn doctor(layout: &Layout, args: &FormatArgs) -> Outcome {
-    let checks = runtime::examine(layout);
-    match args.format {
+pub fn doctor(layout: &Layout, args: &DoctorArgs) -> Outcome {
+    let mut checks = runtime::examine(layout);
+    if args.engines {
+        checks.extend(runtime::engines::examine(Path::new("/")));
+    }
+    match args.format.format {
         Format::Json => table::print_json(&checks)?,
         Format::Table => {
             let mut text = String::new();
@@ -20,9 +25,12 @@ pub fn doctor(layout: &Layout, args: &FormatArgs) -> Outcome {
                     Verdict::Failed => "FAILED",
                 };
                 text.push_str(&format!("{word:<8} {:<10} {}\n", check.name, check.found));
-                if !check.advice.is_empty() {
-                    text.push_str(&format!("{:<20}what to do: {}\n", "", check.advice));
+                let mut lines = check.advice.lines();
+                if let Some(first) = lines.next() {
+                    text.push_str(&format!("{:<20}what to do: {first}\n", ""));
                 }
+                // Lines for a file, to be copied as they are.
+                lines.for_each(|line| text.push_str(&format!("    {line}\n")));
             }
             table::print(&text)?;
         }

@@ -1,5 +1,7 @@
 //! Is this host able to run sandboxes, and if not, what is to be done?
 
+pub mod engines;
+
 use std::env;
 use std::fs::{self, OpenOptions};
 use std::path::Path;
