@@ -17,7 +17,7 @@ use sha2::{Digest, Sha256};
 use crate::Flags;
 
 /// Where shims of containerd's listen.
-const SOCKETS: &str = "/run/containerd/s";
+pub const SOCKETS: &str = "/run/containerd/s";
 /// The descriptor on which the new process finds its socket.
 pub const LISTENER: i32 = 3;
 /// Annotations that name the pod of a container: containerd's CRI, CRI-O's.

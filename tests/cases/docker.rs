@@ -249,6 +249,23 @@ fn network_and_volumes(docker: &Docker<'_>) -> Result<()> {
     Ok(())
 }
 
+/// A container in the namespaces of another: with Bulkhead in its microVM.
+fn joined(docker: &Docker<'_>) -> Result<()> {
+    let server = "echo served >/f; touch /dev/shm/mine; while :; do nc -l -p 80 </f; done";
+    docker.run(&["-d", "--name", "first", "--ipc", "shareable"], server)?.ok()?;
+    let flags =
+        ["--rm", "--network", "container:first", "--pid", "container:first", "--ipc", "container:first"];
+    docker.host.eventually("the first one's server", PATIENCE, || {
+        Ok(docker.run(&flags, "nc 127.0.0.1 80")?.stdout() == "served\n")
+    })?;
+    let boot = "cat /proc/sys/kernel/random/boot_id";
+    let script = format!("ls /dev/shm; test -e /f || echo alone; kill -0 1 && {boot}");
+    let second = docker.run(&flags, &script)?.ok()?.stdout();
+    let first = docker.call(&["exec", "first", "sh", "-c", boot])?.ok()?.stdout();
+    ensure!(second == format!("mine\nalone\n{first}"), "the second says {second:?}");
+    docker.all(&[&["rm", "-f", "first"]])
+}
+
 fn steps<'a>() -> [Step<Docker<'a>>; 11] {
     [
         ("run -i: status, streams", status_and_streams),
@@ -266,8 +283,9 @@ fn steps<'a>() -> [Step<Docker<'a>>; 11] {
 }
 
 /// Beside runc only when asked for: dockerd's own part in them takes long.
-fn more_steps<'a>() -> [Step<Docker<'a>>; 3] {
+fn more_steps<'a>() -> [Step<Docker<'a>>; 4] {
     [
+        ("--network, --pid, --ipc container:…", joined),
         ("--restart always, kill -9, stats, update, kill", two_lives),
         ("-m, and more memory than that: OOMKilled, 137", out_of_memory),
         ("--privileged", privileged),
