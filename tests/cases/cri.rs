@@ -28,7 +28,7 @@ const MIB: i64 = 1 << 20;
 struct Node<'a> {
     host: &'a Host,
     cri: Cri,
-    containerd: &'static str,
+    containerd: String,
     handler: &'static str,
 }
 
@@ -210,22 +210,26 @@ fn pods_are_as_with_runc(host: &Host) -> Result<()> {
 test!(newer_containerds_take_the_shim, Needs::engines().deadline(300).shows_output().may_leave_things());
 fn newer_containerds_take_the_shim(host: &Host) -> Result<()> {
     let [quick, _, whole, _] = steps();
-    for program in ["containerd-1.7", "containerd-2.1"] {
+    // One of Debian's next release, one of the one after that, whatever their versions are by now.
+    let names = fs::read_dir("/usr/bin")?.flatten().filter_map(|entry| entry.file_name().into_string().ok());
+    let is_newer = |name: &String| {
+        let version = name.strip_prefix("containerd-").unwrap_or_default();
+        version.starts_with(|first: char| first.is_ascii_digit())
+    };
+    let programs: Vec<_> = names.filter(is_newer).collect();
+    ensure!(programs.len() == 2, "the host has {programs:?}");
+    for program in &programs {
         let done = with_containerd(host, program, || {
-            side_by_side(&[(program, node(host, program, "bulkhead")?.1)], &[quick, whole])
+            side_by_side(&[(program.as_str(), node(host, program, "bulkhead")?.1)], &[quick, whole])
         });
-        done.context(program)?;
+        done.with_context(|| program.clone())?;
     }
     Ok(())
 }
 
-fn node<'a>(
-    host: &'a Host,
-    containerd: &'static str,
-    handler: &'static str,
-) -> Result<(&'static str, Node<'a>)> {
+fn node<'a>(host: &'a Host, containerd: &str, handler: &'static str) -> Result<(&'static str, Node<'a>)> {
     let cri = Cri::connect(&host.work().join("containerd.sock"))?;
-    Ok((handler, Node { host, cri, containerd, handler }))
+    Ok((handler, Node { host, cri, containerd: containerd.to_owned(), handler }))
 }
 
 /// Does something while a containerd runs, and sees to it that nothing that runs is left.
