@@ -2,9 +2,13 @@
 //! other is in `containerd.rs`.
 
 use std::fs;
+use std::io::Write;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
+use bulkhead_protocol::client::Client;
 use bulkhead_tests::host::Host;
 use bulkhead_tests::process::Program;
 use bulkhead_tests::registry::Needs;
@@ -187,6 +191,70 @@ fn events_come_in_order_and_streams_are_whole(host: &Host) -> Result<()> {
     ended(daemon)
 }
 
+/// A request with an id, and what only a later containerd knows of.
+#[derive(Clone, PartialEq, prost::Message)]
+struct Request {
+    #[prost(string, tag = "1")]
+    id: String,
+    #[prost(string, tag = "99")]
+    unknown: String,
+}
+
+/// `ConnectResponse`.
+#[derive(Clone, PartialEq, prost::Message)]
+struct Connected {
+    #[prost(uint32, tag = "1")]
+    shim_pid: u32,
+}
+
+test!(it_takes_callers_that_are_not_containerd, Needs::bulkhead());
+fn it_takes_callers_that_are_not_containerd(host: &Host) -> Result<()> {
+    let config = host.file("bundle/config.json", "{}")?;
+    let bundle = config.parent().context("no parent")?;
+    let start = || {
+        let flags = ["-namespace", "n", "-id", "i", "-address", "/nowhere.sock", "start"];
+        Program::new(["containerd-shim-bulkhead-v2"]).args(flags).dir(bundle)
+    };
+    // Two at once are one.
+    let both = [start().spawn()?, start().spawn()?];
+    let answers = both.into_iter().map(|call| Ok(call.wait()?.ok()?.stdout())).collect::<Result<Vec<_>>>()?;
+    ensure!(answers.first() == answers.last(), "{answers:?}");
+    ensure!(count(host, "containerd-shim-bulkhead-v2 -namespace")? == 1);
+    let path =
+        answers.first().and_then(|answer| answer.strip_prefix("unix://")).context("no address")?.to_owned();
+
+    // Noise, a frame of four gigabytes, half a frame.
+    for bytes in [vec![0xff; 1 << 20], vec![0xff, 0xff, 0xff, 0xff, 0, 0, 0, 1, 1, 0], vec![0, 0, 0, 9, 0]] {
+        let mut stream = UnixStream::connect(&path)?;
+        // It may hang up before it has read all.
+        let _ = stream.write_all(&bytes);
+    }
+    let call = || -> Result<_> { Ok(Client::new(UnixStream::connect(&path)?, "containerd.task.v2.Task")) };
+    let request = Request { id: "i".into(), unknown: "more".into() };
+    let connected: Connected = call()?.call("Connect", &request)?;
+    ensure!(
+        host.run(["pgrep", "-f", "shim-bulkhead-v2 -namespace"])?.stdout().trim()
+            == connected.shim_pid.to_string()
+    );
+    for method in ["State", "Start", "Delete", "Kill", "Pids", "Stats", "Wait", "Pause", "Update"] {
+        let Err(error) = call()?.call::<Connected>(method, &request) else {
+            bail!("{method} of nothing works")
+        };
+        ensure!(!error.to_string().is_empty());
+    }
+    let _ = call()?.call::<Connected>("Shutdown", &request);
+    host.eventually("its end", PATIENCE, || {
+        Ok(count(host, "containerd-shim-bulkhead-v2 -namespace")? == 0 && !Path::new(&path).exists())
+    })?;
+    // A socket that nobody listens on any more is in nobody's way.
+    drop(UnixListener::bind(&path)?);
+    start().run()?.ok()?.stdout_is(&format!("unix://{path}"))?;
+    let _ = call()?.call::<Connected>("Shutdown", &request);
+    host.eventually("its end", PATIENCE, || Ok(count(host, "containerd-shim-bulkhead-v2 -namespace")? == 0))?;
+    fs::remove_dir_all("/run/containerd")?;
+    Ok(())
+}
+
 test!(doctor_says_what_engines_lack, NEEDS);
 fn doctor_says_what_engines_lack(host: &Host) -> Result<()> {
     let doctor = || host.bulkhead(["doctor", "--engines"]);
@@ -212,11 +280,6 @@ fn the_program_says_what_it_is(_: &Host) -> Result<()> {
     Program::new([program]).run()?.failed()?.stderr_has("containerd runs this program")?;
     Program::new([program, "-nosuch"]).run()?.failed()?.stderr_has("nosuch")?;
     let here = ["-namespace", "n", "-id", "i", "-address", "/a", "start"];
-    Program::new([program])
-        .args(here)
-        .dir(std::path::Path::new("/"))
-        .run()?
-        .failed()?
-        .stderr_has("config.json")?;
+    Program::new([program]).args(here).dir(Path::new("/")).run()?.failed()?.stderr_has("config.json")?;
     Ok(())
 }
