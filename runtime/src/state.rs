@@ -485,6 +485,7 @@ pub fn list(layout: &Layout) -> Result<Vec<Record>> {
             Err(_) => {
                 let files = Files::new(layout, &id);
                 if !files.record().exists() && files.lock().exists() && !is_locked(&files.lock()) {
+                    forget_names(layout, &id);
                     let _ = remove_files(layout, &files, "");
                 }
             }
@@ -492,6 +493,15 @@ pub fn list(layout: &Layout) -> Result<Vec<Record>> {
     }
     records.sort_by_key(|record| std::cmp::Reverse(record.created_ns));
     Ok(records)
+}
+
+/// Removes whatever names a container that was never recorded: only the name itself knows whose it is.
+fn forget_names(layout: &Layout, id: &str) {
+    for entry in fs::read_dir(layout.names()).into_iter().flatten().flatten() {
+        if fs::read_to_string(entry.path()).is_ok_and(|owner| owner == id) {
+            let _ = fs::remove_file(entry.path());
+        }
+    }
 }
 
 #[cfg(test)]
@@ -585,6 +595,8 @@ mod tests {
         let (_dir, layout) = layout();
         drop(Reservation::make(&layout, Some("web")).unwrap());
         assert!(list(&layout).unwrap().is_empty());
-        assert_eq!(fs::read_dir(layout.containers()).unwrap().count(), 0);
+        for dir in [layout.containers(), layout.names()] {
+            assert_eq!(fs::read_dir(&dir).unwrap().count(), 0, "{}", dir.display());
+        }
     }
 }

@@ -48,7 +48,11 @@ impl Vm {
             let number =
                 || value.parse::<u64>().map_err(|_| format!("annotation {key}: {value:?} is no number"));
             match key.as_str() {
-                MEMORY => read.memory = Some(number()?.saturating_mul(1 << 20)),
+                MEMORY if number()? > u32::MAX.into() => {
+                    return Err(format!("annotation {key}: {value} MiB"));
+                }
+                MEMORY => read.memory = Some(number()? << 20),
+                VCPUS if number()? > u8::MAX.into() => return Err(format!("annotation {key}: {value}")),
                 VCPUS => read.vcpus = Some(number()?),
                 KERNEL if value.starts_with('/') => read.kernel = Some(value.into()),
                 KERNEL => return Err(format!("annotation {key}: {value:?} is no absolute path")),
@@ -114,10 +118,10 @@ impl Bundle {
         let mut shape = Shape::new(memory, milli_cpus);
         if let Some(bytes) = self.vm.memory {
             shape.memory_mib = u32::try_from(bytes >> 20)
-                .map_err(|_| usage(format!("a machine of {bytes} bytes of memory")))?;
+                .map_err(|_| usage(format!("vm.hwConfig.memory: {bytes} bytes")))?;
         }
         if let Some(vcpus) = self.vm.vcpus {
-            shape.vcpus = u8::try_from(vcpus).map_err(|_| usage(format!("a machine of {vcpus} vCPUs")))?;
+            shape.vcpus = u8::try_from(vcpus).map_err(|_| usage(format!("vm.hwConfig.vcpus: {vcpus}")))?;
         }
         Ok(shape)
     }
