@@ -75,6 +75,7 @@ impl Links {
             tap: None,
             fd: Some(fd.as_raw_fd()),
             socket: None,
+            empty: None,
             mac: Some(interface.mac.clone()),
             mtu: u16::try_from(interface.mtu).unwrap_or(u16::MAX),
         })
@@ -109,11 +110,12 @@ impl Monitor {
                 memory_mib: shape.memory_mib,
                 kvm_fd: links.kvm.as_ref().map(AsRawFd::as_raw_fd),
             },
-            boot: BootConfig {
+            boot: Some(BootConfig {
                 kernel: artefacts.kernel.clone(),
                 initramfs: Some(artefacts.initramfs.clone()),
                 cmdline: CMDLINE.into(),
-            },
+            }),
+            restore: None,
             disks,
             filesystems: shares.iter().filter_map(|server| server.filesystem()).collect(),
             networks: links.configs(),

@@ -191,8 +191,8 @@ impl Supervisor {
         let mut disks = vec![DiskConfig {
             id: "layers".into(),
             read_only: true,
-            path: None,
             layers: self.plan.layers.clone(),
+            ..DiskConfig::default()
         }];
         let storage = record.options.storage.unwrap_or(scratch::DEFAULT_SIZE);
         if storage > 0 {
@@ -202,7 +202,7 @@ impl Supervisor {
                 id: "scratch".into(),
                 read_only: false,
                 path: Some(files.scratch()),
-                layers: Vec::new(),
+                ..DiskConfig::default()
             });
         }
         if let Some(shares) = shares {

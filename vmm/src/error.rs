@@ -91,6 +91,26 @@ pub enum Error {
         /// Why.
         source: kvm_ioctls::Error,
     },
+    /// KVM does not take a register's value.
+    #[error(
+        "KVM does not take over the model-specific register {index:#x}: the snapshot is of another processor or another \
+         version of KVM"
+    )]
+    Msr {
+        /// Its number.
+        index: u32,
+    },
+    /// A snapshot cannot be used.
+    #[error("the snapshot {directory:?} cannot be used: {why}")]
+    Snapshot {
+        /// Its directory.
+        directory: PathBuf,
+        /// Why, and what would do.
+        why: String,
+    },
+    /// A machine cannot be saved.
+    #[error("the machine cannot be saved: {0}")]
+    Unsaveable(String),
     /// The operating system refused a request.
     #[error("cannot {what}")]
     Os {
@@ -141,11 +161,17 @@ impl Error {
             | Self::Config(_)
             | Self::MemoryTooSmall { .. }
             | Self::CmdlineTooLong { .. } => STATUS_USAGE,
-            Self::Input { .. } | Self::BadKernel { .. } | Self::Backend { .. } => STATUS_NO_INPUT,
-            Self::KvmOpen { .. } | Self::KvmLacks(_) | Self::Kvm { .. } => STATUS_KVM_UNUSABLE,
-            Self::Os { .. } | Self::Listen { .. } | Self::Network { .. } | Self::GuestMemory { .. } => {
-                STATUS_OS
+            Self::Input { .. } | Self::BadKernel { .. } | Self::Backend { .. } | Self::Snapshot { .. } => {
+                STATUS_NO_INPUT
             }
+            Self::KvmOpen { .. } | Self::KvmLacks(_) | Self::Kvm { .. } | Self::Msr { .. } => {
+                STATUS_KVM_UNUSABLE
+            }
+            Self::Os { .. }
+            | Self::Listen { .. }
+            | Self::Network { .. }
+            | Self::GuestMemory { .. }
+            | Self::Unsaveable(_) => STATUS_OS,
         }
     }
 

@@ -12,6 +12,7 @@
 //! | [`devices`] | legacy ports and virtio |
 //! | [`event_loop`] | the one thread in which devices do their work |
 //! | [`control`] | the control socket, server and client |
+//! | [`snapshot`] | a machine as a directory, from which others go on |
 //! | [`selftest`] | whether this host's KVM can run Linux at all |
 //! | [`report`] | what is left behind for people and programs when the machine ends |
 //!
@@ -34,6 +35,7 @@ pub mod memory;
 pub mod report;
 pub mod selftest;
 pub mod signals;
+pub mod snapshot;
 pub mod sync;
 pub mod timeline;
 pub mod vcpu;

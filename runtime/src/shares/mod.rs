@@ -128,7 +128,14 @@ fn in_guest(name: &str) -> String {
 
 /// The device for a server's connection, which the monitor must inherit as descriptor `fd`.
 fn device(fd: i32) -> FilesystemConfig {
-    FilesystemConfig { tag: TAG.into(), socket: None, fd: Some(fd), queues: 1, queue_size: QUEUE_SIZE }
+    FilesystemConfig {
+        tag: TAG.into(),
+        socket: None,
+        fd: Some(fd),
+        empty: false,
+        queues: 1,
+        queue_size: QUEUE_SIZE,
+    }
 }
 
 /// Largest requests have 256 pages and some headers, each page an entry.

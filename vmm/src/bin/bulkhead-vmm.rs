@@ -34,6 +34,10 @@ Examples:
     bulkhead-vmm --config machine.json --control /tmp/vm.sock &
     bulkhead-vmm --ctl /tmp/vm.sock status
 
+  Save it as it is, and go on from there as often as you like:
+    bulkhead-vmm --ctl /tmp/vm.sock snapshot /tmp/saved
+    bulkhead-vmm --restore /tmp/saved
+
 How it ends: when the guest reboots, status 0 (let its command line say panic=-1 reboot=k); when the guest writes 32 bits to
 I/O port 0xb44, their low 8 bits. 70: the guest crashed, and the reason is on stderr. 64: bad usage or configuration.
 66: a file is missing or wrong. 69: KVM cannot be used. 71: the operating system refused something.";
@@ -110,6 +114,11 @@ struct Arguments {
     #[arg(long)]
     self_test: bool,
 
+    /// Go on from the snapshot in this directory instead of booting. Without --config, processors, memory and devices are the
+    /// snapshot's, and so is what they are connected to
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["kernel", "initramfs", "cmdline", "memory", "vcpus"])]
+    restore: Option<PathBuf>,
+
     /// Send METHOD to the monitor that listens on this control socket, and print the answer
     #[arg(long, value_name = "SOCKET", requires = "method", conflicts_with_all = ["config", "kernel"])]
     ctl: Option<PathBuf>,
@@ -117,6 +126,10 @@ struct Arguments {
     /// With --ctl: what to ask
     #[arg(value_enum, value_name = "METHOD", requires = "ctl")]
     method: Option<CtlMethod>,
+
+    /// With --ctl SOCKET snapshot: the directory to make
+    #[arg(value_name = "DIR", requires = "method")]
+    directory: Option<PathBuf>,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -129,19 +142,29 @@ enum CtlMethod {
     Pause,
     /// Let them run again
     Resume,
+    /// Save the machine to a directory that does not exist yet
+    Snapshot,
     /// End the machine
     Quit,
 }
 
-impl From<CtlMethod> for Method {
-    fn from(method: CtlMethod) -> Self {
-        match method {
-            CtlMethod::Status => Self::Status,
-            CtlMethod::Metrics => Self::Metrics,
-            CtlMethod::Pause => Self::Pause,
-            CtlMethod::Resume => Self::Resume,
-            CtlMethod::Quit => Self::Quit,
+fn method_of(method: CtlMethod, directory: Option<&Path>) -> vmm::Result<Method> {
+    let usage = |what: &str| Err(vmm::Error::Config(what.to_owned()));
+    match (method, directory) {
+        (CtlMethod::Snapshot, None) => {
+            usage("--ctl SOCKET snapshot DIR: the directory to be made is missing")
         }
+        // The monitor's working directory is not this process's.
+        (CtlMethod::Snapshot, Some(directory)) => match std::path::absolute(directory) {
+            Ok(directory) => Ok(Method::Snapshot(directory)),
+            Err(error) => usage(&format!("the directory {directory:?}: {error}")),
+        },
+        (_, Some(_)) => usage("only snapshot takes a directory"),
+        (CtlMethod::Status, None) => Ok(Method::Status),
+        (CtlMethod::Metrics, None) => Ok(Method::Metrics),
+        (CtlMethod::Pause, None) => Ok(Method::Pause),
+        (CtlMethod::Resume, None) => Ok(Method::Resume),
+        (CtlMethod::Quit, None) => Ok(Method::Quit),
     }
 }
 
@@ -175,7 +198,10 @@ fn parse() -> Arguments {
 
 fn with_arguments(arguments: &Arguments, timeline: &Arc<Timeline>) -> u8 {
     if let (Some(socket), Some(method)) = (&arguments.ctl, arguments.method) {
-        return ctl(socket, method.into());
+        return match method_of(method, arguments.directory.as_deref()) {
+            Ok(method) => ctl(socket, method),
+            Err(error) => fail(&error, STATUS_USAGE),
+        };
     }
     if arguments.self_test {
         return self_test();
@@ -195,20 +221,26 @@ fn with_arguments(arguments: &Arguments, timeline: &Arc<Timeline>) -> u8 {
 
 /// The file's configuration, if there is one, changed by the other options.
 fn config_of(arguments: &Arguments) -> vmm::Result<Config> {
-    let mut config = match (&arguments.config, &arguments.kernel) {
-        (Some(path), _) => Config::read(path)?,
-        (None, Some(kernel)) => from_kernel(kernel.clone()),
-        (None, None) => {
-            let what = "nothing to boot: give --kernel FILE or --config FILE; --help shows examples";
+    let mut config = match (&arguments.config, &arguments.kernel, &arguments.restore) {
+        (Some(path), _, _) => Config::read(path)?,
+        (None, Some(kernel), _) => from_kernel(kernel.clone()),
+        (None, None, Some(directory)) => Config::of_snapshot(directory)?,
+        (None, None, None) => {
+            let what =
+                "nothing to boot: give --kernel FILE, --config FILE or --restore DIR; --help shows examples";
             return Err(vmm::Error::Config(what.to_owned()));
         }
     };
-    let boot = &mut config.boot;
-    set(&mut boot.kernel, arguments.kernel.as_ref());
-    set(&mut boot.cmdline, arguments.cmdline.as_ref());
+    if let Some(directory) = &arguments.restore {
+        (config.boot, config.restore) = (None, Some(directory.clone()));
+    }
+    if let Some(boot) = &mut config.boot {
+        set(&mut boot.kernel, arguments.kernel.as_ref());
+        set(&mut boot.cmdline, arguments.cmdline.as_ref());
+        set_some(&mut boot.initramfs, arguments.initramfs.as_ref());
+    }
     set(&mut config.machine.memory_mib, arguments.memory.as_ref());
     set(&mut config.machine.vcpus, arguments.vcpus.as_ref());
-    set_some(&mut boot.initramfs, arguments.initramfs.as_ref());
     set_some(&mut config.control, arguments.control.as_ref());
     set_some(&mut config.report, arguments.report.as_ref());
     if let Some(socket) = &arguments.vsock {
@@ -217,11 +249,18 @@ fn config_of(arguments: &Arguments) -> vmm::Result<Config> {
     for disk in &arguments.disks {
         let (path, read_only) = disk.strip_suffix(",ro").map_or((disk.as_str(), false), |path| (path, true));
         let id = format!("disk{}", config.disks.len());
-        config.disks.push(DiskConfig { id, read_only, path: Some(path.into()), layers: Vec::new() });
+        config.disks.push(DiskConfig { id, read_only, path: Some(path.into()), ..DiskConfig::default() });
     }
     for tap in &arguments.taps {
         let tap = Some(tap.clone());
-        config.networks.push(NetworkConfig { tap, fd: None, socket: None, mac: None, mtu: 1500 });
+        config.networks.push(NetworkConfig {
+            tap,
+            fd: None,
+            socket: None,
+            empty: None,
+            mac: None,
+            mtu: 1500,
+        });
     }
     if arguments.console {
         config.console.output = Output::Stdout;
@@ -237,7 +276,8 @@ fn config_of(arguments: &Arguments) -> vmm::Result<Config> {
 fn from_kernel(kernel: PathBuf) -> Config {
     Config {
         machine: MachineConfig::default(),
-        boot: BootConfig { kernel, initramfs: None, cmdline: DEFAULT_CMDLINE.to_owned() },
+        boot: Some(BootConfig { kernel, initramfs: None, cmdline: DEFAULT_CMDLINE.to_owned() }),
+        restore: None,
         disks: Vec::new(),
         filesystems: Vec::new(),
         networks: Vec::new(),

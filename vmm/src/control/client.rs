@@ -9,6 +9,8 @@ use super::{Answer, MAX_LINE, Method, Request, Status};
 
 /// How long a monitor may take to answer.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How long it may take for a snapshot.
+const SNAPSHOT_PATIENCE: Duration = Duration::from_secs(600);
 
 /// A connection to a monitor's control socket.
 #[derive(Debug)]
@@ -71,6 +73,9 @@ impl Client {
     /// # Errors
     /// When the monitor does not answer within seconds, or refuses.
     pub fn call(&mut self, method: Method) -> Result<serde_json::Value, ClientError> {
+        // Memory has to be written.
+        let patience = if matches!(method, Method::Snapshot(_)) { SNAPSHOT_PATIENCE } else { PATIENCE };
+        let _ = self.stream.get_ref().set_read_timeout(Some(patience));
         let id = self.next_id;
         self.next_id += 1;
         let mut line = Vec::new();

@@ -12,16 +12,20 @@
 //! | `status` | [`Status`] |
 //! | `metrics` | what each device counted, and the timeline |
 //! | `pause`, `resume` | `{}`: all vCPUs stand still, or run |
+//! | `{"snapshot":DIR}` | [`Taken`]: the machine was saved to the directory DIR, which did not exist |
 //! | `quit` | `{}`; then the monitor ends |
 
 mod client;
 pub mod server;
+
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
 use crate::config::MachineConfig;
 use crate::vcpu::Sample;
 
+pub use crate::machine::Taken;
 pub use client::{Client, ClientError};
 
 /// Longest request or answer line.
@@ -38,7 +42,7 @@ pub struct Request {
 }
 
 /// What can be asked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Method {
     /// How the machine is.
@@ -49,6 +53,8 @@ pub enum Method {
     Pause,
     /// Run again.
     Resume,
+    /// Save the machine to this directory.
+    Snapshot(PathBuf),
     /// End.
     Quit,
 }

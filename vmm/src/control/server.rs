@@ -138,6 +138,10 @@ impl Service {
                 vcpus.resume();
                 Ok(json!({}))
             }
+            Method::Snapshot(directory) => match self.machine.save(&directory) {
+                Ok(taken) => serde_json::to_value(taken).map_err(|error| error.to_string()),
+                Err(error) => Err(chain(&error)),
+            },
             Method::Quit => {
                 exit.request(Outcome::Quit);
                 Ok(json!({}))
@@ -158,4 +162,10 @@ impl Service {
             disks: config.disks.iter().map(|disk| disk.id.clone()).collect(),
         }
     }
+}
+
+/// An error and its causes on one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }

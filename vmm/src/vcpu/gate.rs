@@ -1,7 +1,7 @@
 //! What everybody else wants of the vCPU threads: run, stand still, or tell where they are. Threads look here only when
 //! they were interrupted, so that a running guest pays nothing for it.
 
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -21,15 +21,16 @@ pub struct Sample {
     pub rip: u64,
 }
 
-/// The meeting point of vCPU threads and the event loop.
-#[derive(Debug, Default)]
-pub struct Gate {
-    wishes: Mutex<Wishes>,
+/// Something for each vCPU thread to do with its vCPU `V`, of which it is told the number.
+pub type Errand<V> = Arc<dyn Fn(usize, &V) + Send + Sync>;
+
+/// The meeting point of vCPU threads, each with a `V`, and the event loop.
+pub struct Gate<V> {
+    wishes: Mutex<Wishes<V>>,
     changed: Condvar,
 }
 
-#[derive(Debug, Default)]
-struct Wishes {
+struct Wishes<V> {
     paused: bool,
     /// Threads standing still.
     parked: usize,
@@ -37,18 +38,28 @@ struct Wishes {
     round: u64,
     /// Per vCPU: the round it answered last, and its answer.
     samples: Vec<(u64, Option<Sample>)>,
+    errand: Option<Errand<V>>,
+    /// Per vCPU: it has yet to run the errand.
+    due: Vec<bool>,
 }
 
-impl Gate {
+impl<V> Gate<V> {
     /// A gate for `count` vCPUs.
     pub fn new(count: usize) -> Self {
-        let wishes = Wishes { samples: vec![(0, None); count], ..Default::default() };
+        let wishes = Wishes {
+            paused: false,
+            parked: 0,
+            round: 0,
+            samples: vec![(0, None); count],
+            errand: None,
+            due: vec![false; count],
+        };
         Self { wishes: Mutex::new(wishes), changed: Condvar::new() }
     }
 
     /// Called by vCPU `index` when it was interrupted: answers what is asked and returns when it may run. `sample` tells
-    /// where it is.
-    pub fn pass(&self, index: usize, sample: impl Fn() -> Sample) {
+    /// where it is, errands are run with `vcpu`.
+    pub fn pass(&self, index: usize, vcpu: &V, sample: impl Fn() -> Sample) {
         let mut wishes = lock(&self.wishes);
         let mut parked = false;
         loop {
@@ -61,6 +72,14 @@ impl Gate {
                     now.state = "paused".to_owned();
                 }
                 *slot = (round, Some(now));
+                self.changed.notify_all();
+            }
+            if let Some(due) = wishes.due.get_mut(index)
+                && std::mem::take(due)
+                && let Some(errand) = wishes.errand.clone()
+            {
+                // In the lock: nobody else has anything to do here meanwhile.
+                errand(index, vcpu);
                 self.changed.notify_all();
             }
             if paused != parked {
@@ -115,7 +134,23 @@ impl Gate {
             .collect()
     }
 
-    fn wait_until(&self, done: impl Fn(&Wishes) -> bool) -> bool {
+    /// Lets every vCPU run `errand` once; `kick` interrupts them. False when one did not within the time allowed.
+    pub fn send(&self, errand: Errand<V>, kick: impl Fn()) -> bool {
+        {
+            let mut wishes = lock(&self.wishes);
+            wishes.errand = Some(errand);
+            wishes.due.fill(true);
+            self.changed.notify_all();
+        }
+        kick();
+        let done = self.wait_until(|wishes| !wishes.due.contains(&true));
+        let mut wishes = lock(&self.wishes);
+        wishes.errand = None;
+        wishes.due.fill(false);
+        done
+    }
+
+    fn wait_until(&self, done: impl Fn(&Wishes<V>) -> bool) -> bool {
         let deadline = Instant::now() + PATIENCE;
         let mut wishes = lock(&self.wishes);
         while !done(&wishes) {
@@ -134,7 +169,7 @@ mod tests {
 
     #[test]
     fn threads_stand_still_and_answer() {
-        let gate = Gate::new(2);
+        let gate: Gate<u64> = Gate::new(2);
         let (turns, end) = (AtomicU64::new(0), AtomicBool::new(false));
         thread::scope(|scope| {
             for index in 0..2 {
@@ -142,7 +177,10 @@ mod tests {
                 scope.spawn(move || {
                     while !end.load(Ordering::SeqCst) {
                         turns.fetch_add(1, Ordering::SeqCst);
-                        gate.pass(index, || Sample { state: "running".to_owned(), rip: index as u64 });
+                        gate.pass(index, &(index as u64 * 10), || Sample {
+                            state: "running".to_owned(),
+                            rip: index as u64,
+                        });
                         thread::yield_now();
                     }
                 });
@@ -152,6 +190,15 @@ mod tests {
             assert!(gate.pause(|| {}));
             let before = turns.load(Ordering::SeqCst);
             assert_eq!(gate.samples(|| {})[1], Sample { state: "paused".to_owned(), rip: 1 });
+            assert_eq!(turns.load(Ordering::SeqCst), before);
+            let seen = Arc::new(Mutex::new(Vec::new()));
+            let errand = {
+                let seen = Arc::clone(&seen);
+                Arc::new(move |index: usize, vcpu: &u64| seen.lock().unwrap().push((index, *vcpu)))
+            };
+            assert!(gate.send(errand, || {}));
+            seen.lock().unwrap().sort_unstable();
+            assert_eq!(*seen.lock().unwrap(), [(0, 0), (1, 10)]);
             assert_eq!(turns.load(Ordering::SeqCst), before);
             gate.resume();
             while turns.load(Ordering::SeqCst) == before {

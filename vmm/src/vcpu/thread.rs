@@ -1,19 +1,22 @@
 //! The threads in which vCPUs run.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 
+use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use super::exit::{Next, dispatch};
 use super::gate::{Gate, Sample};
+use crate::arch::state::VcpuState;
 use crate::bus::Bus;
 use crate::error::{Error, Result};
 use crate::exit::ExitRequest;
 use crate::memory::GuestMemory;
 use crate::report::Crash;
+use crate::sync::lock;
 use crate::timeline::Timeline;
 
 /// One vCPU before it runs, and what its exits need.
@@ -22,6 +25,8 @@ pub struct Vcpu {
     pub id: u8,
     /// KVM's vCPU.
     pub fd: VcpuFd,
+    /// What it was told that it is.
+    pub cpuid: Vec<kvm_cpuid_entry2>,
     /// I/O ports.
     pub ports: Arc<Bus>,
     /// Memory-mapped registers.
@@ -36,13 +41,14 @@ pub struct Vcpu {
 
 /// All vCPU threads of the machine.
 pub struct Vcpus {
-    gate: Arc<Gate>,
+    gate: Arc<Gate<VcpuFd>>,
     handles: Vec<Handle>,
 }
 
 struct Handle {
     thread: JoinHandle<()>,
     immediate_exit: ImmediateExit,
+    cpuid: Arc<[kvm_cpuid_entry2]>,
 }
 
 /// The byte in KVM's shared page that makes the next entry return at once. With it, a signal that comes just before the
@@ -77,11 +83,12 @@ impl Vcpus {
         for mut vcpu in vcpus {
             let immediate_exit = ImmediateExit::of(&mut vcpu.fd);
             let gate = Arc::clone(&gate);
+            let cpuid = std::mem::take(&mut vcpu.cpuid).into();
             let thread = thread::Builder::new()
                 .name(format!("vcpu{}", vcpu.id))
                 .spawn(move || vcpu.run(&gate))
                 .map_err(Error::os("start a vCPU thread"))?;
-            handles.push(Handle { thread, immediate_exit });
+            handles.push(Handle { thread, immediate_exit, cpuid });
         }
         Ok(Self { gate, handles })
     }
@@ -106,6 +113,27 @@ impl Vcpus {
         self.gate.samples(|| self.kick())
     }
 
+    /// The state of each, in order. They must stand still.
+    ///
+    /// # Errors
+    /// When one does not answer in time, or KVM does not tell.
+    pub fn save(&self, msrs: &[u32]) -> Result<Vec<VcpuState>> {
+        let saved: Arc<Mutex<Vec<_>>> = Arc::new(Mutex::new(self.handles.iter().map(|_| None).collect()));
+        let errand = {
+            let (saved, msrs) = (Arc::clone(&saved), msrs.to_vec());
+            let cpuids: Vec<_> = self.handles.iter().map(|handle| Arc::clone(&handle.cpuid)).collect();
+            Arc::new(move |index: usize, fd: &VcpuFd| {
+                if let (Some(slot), Some(cpuid)) = (lock(&saved).get_mut(index), cpuids.get(index)) {
+                    *slot = Some(VcpuState::save(fd, cpuid, &msrs));
+                }
+            })
+        };
+        self.gate.send(errand, || self.kick());
+        let mut saved = lock(&saved);
+        let silent = || Error::Unsaveable("a vCPU does not answer".to_owned());
+        saved.iter_mut().map(|slot| slot.take().ok_or_else(silent)?).collect()
+    }
+
     /// Interrupts all.
     fn kick(&self) {
         for handle in &self.handles {
@@ -122,7 +150,7 @@ impl Vcpus {
 extern "C" fn ignore(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
 
 impl Vcpu {
-    fn run(mut self, gate: &Gate) {
+    fn run(mut self, gate: &Gate<VcpuFd>) {
         let immediate_exit = ImmediateExit::of(&mut self.fd);
         if self.id == 0 {
             self.timeline.mark("first-run");
@@ -134,7 +162,7 @@ impl Vcpu {
                 Next::Enter => {}
                 Next::Interrupted => {
                     immediate_exit.byte().store(0, Ordering::SeqCst);
-                    gate.pass(usize::from(self.id), || self.sample());
+                    gate.pass(usize::from(self.id), &self.fd, || self.sample());
                 }
                 Next::Crash(cause) => {
                     let crash = Crash::of(self.id, &mut self.fd, &self.memory, cause);
@@ -145,7 +173,8 @@ impl Vcpu {
         };
         // The process ends soon. Until then others may want to know, or kick: the page must stay.
         loop {
-            gate.pass(usize::from(self.id), || Sample { state: state.to_owned(), ..self.sample() });
+            let sample = || Sample { state: state.to_owned(), ..self.sample() };
+            gate.pass(usize::from(self.id), &self.fd, sample);
             thread::park();
         }
     }

@@ -88,6 +88,11 @@ impl Guest {
         self.out8(0x64, 0xfe).spin()
     }
 
+    /// mov $times,%ecx; loop .
+    pub fn count(self, times: u32) -> Self {
+        self.raw(&[0xb9]).raw(&times.to_le_bytes()).raw(&[0xe2, 0xfe])
+    }
+
     /// jmp .
     pub fn spin(self) -> Self {
         self.raw(&[0xeb, 0xfe])

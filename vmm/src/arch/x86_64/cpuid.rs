@@ -27,18 +27,19 @@ pub fn supported(kvm: &Kvm) -> Result<CpuId> {
         .map_err(Error::kvm("tell the processor features it supports"))
 }
 
-/// Gives a vCPU its identification: `supported`, as processor `id` of `count`.
+/// Gives a vCPU its identification: `supported`, as processor `id` of `count`. Answers what it is.
 ///
 /// # Errors
 /// When KVM refuses it.
-pub fn set(kvm: &Kvm, vcpu: &VcpuFd, supported: &CpuId, id: u8, count: u8) -> Result<()> {
+pub fn set(kvm: &Kvm, vcpu: &VcpuFd, supported: &CpuId, id: u8, count: u8) -> Result<Vec<kvm_cpuid_entry2>> {
     let tsc_khz = vcpu.get_tsc_khz().unwrap_or(0);
     let deadline = kvm.check_extension(Cap::TscDeadlineTimer);
     let pv_eoi = !host_is_emulated();
     let entries = specialise(supported.as_slice(), Vcpu { id, count, tsc_khz, deadline, pv_eoi });
     let cpuid =
         CpuId::from_entries(&entries).map_err(|_| Error::KvmLacks("room for the processor features"))?;
-    vcpu.set_cpuid2(&cpuid).map_err(Error::kvm("set a vCPU's features"))
+    vcpu.set_cpuid2(&cpuid).map_err(Error::kvm("set a vCPU's features"))?;
+    Ok(entries)
 }
 
 /// The extended processor states among `supported`, as bits of XCR0.
@@ -136,6 +137,53 @@ fn specialise(supported: &[kvm_cpuid_entry2], vcpu: Vcpu) -> Vec<kvm_cpuid_entry
     entries
 }
 
+/// Leaves whose registers are lists of features, one bit each: function, index, which of eax, ebx, ecx, edx, and the bits that
+/// say how things are rather than what there is (OSXSAVE, OSPKE, the hypervisor's own).
+const FEATURE_WORDS: [(u32, u32, &str, u32); 12] = [
+    (1, 0, "ecx", 1 << 27 | LEAF1_ECX_HYPERVISOR | LEAF1_ECX_TSC_DEADLINE),
+    (1, 0, "edx", LEAF1_EDX_HTT),
+    (7, 0, "ebx", 0),
+    (7, 0, "ecx", 1 << 4),
+    (7, 0, "edx", 0),
+    (7, 1, "eax", 0),
+    (0xd, 0, "eax", 0),
+    (0xd, 1, "eax", 0),
+    (0x8000_0001, 0, "ecx", 0),
+    (0x8000_0001, 0, "edx", 0),
+    (0x8000_0008, 0, "ebx", 0),
+    (KVM_FEATURES, 0, "eax", 0),
+];
+
+/// What a processor with the identification `wanted` has that this host cannot offer (`supported`): a guest that has seen it
+/// would use it. The maker's name counts, as kernels have their ways with each.
+pub fn missing(wanted: &[kvm_cpuid_entry2], supported: &[kvm_cpuid_entry2]) -> Vec<String> {
+    let leaf = |entries: &[kvm_cpuid_entry2], function, index| {
+        entries.iter().copied().find(|entry| entry.function == function && entry.index == index)
+    };
+    let maker = |entries| leaf(entries, 0, 0).map(|leaf| [leaf.ebx, leaf.edx, leaf.ecx]);
+    let mut missing = Vec::new();
+    if maker(wanted) != maker(supported) {
+        missing.push("a processor of the same maker".to_owned());
+    }
+    for (function, index, register, ignored) in FEATURE_WORDS {
+        let word = |entries| {
+            leaf(entries, function, index).map_or(0, |leaf| match register {
+                "eax" => leaf.eax,
+                "ebx" => leaf.ebx,
+                "ecx" => leaf.ecx,
+                _ => leaf.edx,
+            })
+        };
+        let bits = word(wanted) & !word(supported) & !ignored;
+        missing.extend(
+            (0..32)
+                .filter(|bit| bits & 1 << bit != 0)
+                .map(|bit| format!("CPUID {function:#x}.{index} {register} bit {bit}")),
+        );
+    }
+    missing
+}
+
 fn set_bit(word: &mut u32, bit: u32, on: bool) {
     *word = if on { *word | bit } else { *word & !bit };
 }
@@ -177,6 +225,19 @@ mod tests {
             assert_eq!(find(&entries, 0x8000_0008, 0).ecx, bits << 12 | u32::from(count - 1));
             assert_eq!(find(&entries, 0xa, 0).eax, 0);
         }
+    }
+
+    #[test]
+    fn what_a_host_lacks_is_named_and_what_it_has_more_is_not() {
+        let vcpu = Vcpu { id: 1, count: 2, tsc_khz: 1, deadline: true, pv_eoi: false };
+        let guest = specialise(&host(), vcpu);
+        assert_eq!(missing(&guest, &host()), Vec::<String>::new());
+        let mut poorer = host();
+        poorer[5].eax = !(1 << 3);
+        assert_eq!(missing(&guest, &poorer), ["CPUID 0x40000001.0 eax bit 3"]);
+        let mut other = host();
+        other[0].ebx = u32::from_le_bytes(*b"Genu");
+        assert_eq!(missing(&guest, &other).len(), 1);
     }
 
     #[test]

@@ -6,3 +6,4 @@ pub mod kernel;
 pub mod layout;
 pub mod mptable;
 pub mod regs;
+pub mod state;

@@ -330,7 +330,14 @@ mod tests {
             std::io::Write::write_all(&mut &far, &[&[0, 0, 0, 20], &[7; 20][..]].concat()).unwrap();
             let (ours, theirs) = UnixStream::pair().unwrap();
             serve(theirs, Default::default());
-            let config = FilesystemConfig { tag: "t".into(), socket: None, fd: Some(3), queues: 1, queue_size: 64 };
+            let config = FilesystemConfig {
+                tag: "t".into(),
+                socket: None,
+                fd: Some(3),
+                empty: false,
+                queues: 1,
+                queue_size: 64,
+            };
             let fs = Fs::served_by(ours, &config, ExitRequest::new().unwrap()).unwrap();
             let devices: [Box<dyn VirtioDevice>; 6] = [
                 disk(&dir, false),

@@ -61,6 +61,16 @@ impl Interrupt {
         self.status.load(Ordering::SeqCst) | self.assumed
     }
 
+    /// The same without the bits that are always set.
+    pub fn pending(&self) -> u32 {
+        self.status.load(Ordering::SeqCst)
+    }
+
+    /// Sets what the guest has not acknowledged, without interrupting it.
+    pub fn restore(&self, bits: u32) {
+        self.status.store(bits & (USED_BUFFER | CONFIG_CHANGE), Ordering::SeqCst);
+    }
+
     /// The guest has seen `bits`.
     pub fn acknowledge(&self, bits: u32) {
         self.status.fetch_and(!bits, Ordering::SeqCst);

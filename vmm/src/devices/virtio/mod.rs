@@ -19,7 +19,7 @@ pub mod vsock;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
-use virtio_queue::Queue;
+use virtio_queue::{Queue, QueueState};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::GuestMemory;
@@ -98,6 +98,18 @@ pub trait VirtioDevice: Send {
     fn config(&self) -> &[u8];
     /// The driver is ready.
     fn activate(&mut self, activation: Activation);
+    /// Where its queues are, all of them, as if nothing had been taken out of them that was not given back. Called while
+    /// the driver is ready.
+    fn queues(&self) -> Vec<QueueState>;
+    /// Whether it can be saved now.
+    ///
+    /// # Errors
+    /// Why not.
+    fn saveable(&self) -> Result<(), String> {
+        Ok(())
+    }
+    /// It was activated for a driver that goes on from a snapshot, and that may know of what no longer is.
+    fn restored(&mut self) {}
     /// Forgets everything the driver said. Called with no queue in use.
     fn reset(&mut self);
     /// The driver notified queue `index`.

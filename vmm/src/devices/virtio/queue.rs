@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueState, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
 
 use super::GuestError;
@@ -43,6 +43,12 @@ impl DeviceQueue {
     /// Number of entries.
     pub fn size(&self) -> u16 {
         self.queue.size()
+    }
+
+    /// Where it is, as if the last `held` chains had not been taken.
+    pub fn state(&self, held: u16) -> QueueState {
+        let state = self.queue.state();
+        QueueState { next_avail: state.next_avail.wrapping_sub(held), ..state }
     }
 
     fn blame<T>(&self, result: Result<T, virtio_queue::Error>) -> Result<T, GuestError> {

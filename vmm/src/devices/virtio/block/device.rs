@@ -7,6 +7,7 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_WRITE_ZEROES,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
+use virtio_queue::QueueState;
 
 use super::disk::{Disk, SECTOR};
 use super::handler::Handler;
@@ -25,7 +26,8 @@ const MAX_RANGE_SECTORS: u32 = 1 << 21;
 #[derive(Debug)]
 pub struct Block {
     name: String,
-    disk: Arc<Disk>,
+    /// None: the drive is empty.
+    disk: Option<Arc<Disk>>,
     features: u64,
     config: Vec<u8>,
     handler: Option<Handler>,
@@ -35,16 +37,25 @@ pub struct Block {
 impl Block {
     /// A device called `id` that shows `disk`.
     pub fn new(id: &str, disk: Disk) -> Self {
+        Self::drive(id, disk.read_only(), Some(disk))
+    }
+
+    /// A device called `id` with nothing in it: no sector can be read or written.
+    pub fn empty(id: &str, read_only: bool) -> Self {
+        Self::drive(id, read_only, None)
+    }
+
+    fn drive(id: &str, read_only: bool, disk: Option<Disk>) -> Self {
         let mut features = F_COMMON | 1 << VIRTIO_BLK_F_SEG_MAX;
-        if disk.read_only() {
+        if read_only {
             features |= 1 << VIRTIO_BLK_F_RO;
         } else {
             features |= 1 << VIRTIO_BLK_F_FLUSH | 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES;
         }
         Self {
             name: id.to_owned(),
-            config: config_space(disk.length() / SECTOR),
-            disk: Arc::new(disk),
+            config: config_space(disk.as_ref().map_or(0, Disk::length) / SECTOR),
+            disk: disk.map(Arc::new),
             features,
             handler: None,
             metrics: Arc::new(Metrics::default()),
@@ -95,10 +106,14 @@ impl VirtioDevice for Block {
         self.handler = queues.into_iter().next().map(|queue| Handler {
             memory,
             queue: DeviceQueue::new(queue, 0, &interrupt),
-            disk: Arc::clone(&self.disk),
+            disk: self.disk.clone(),
             id: self.name.clone(),
             metrics: Arc::clone(&self.metrics),
         });
+    }
+
+    fn queues(&self) -> Vec<QueueState> {
+        self.handler.iter().map(|handler| handler.queue.state(0)).collect()
     }
 
     fn reset(&mut self) {

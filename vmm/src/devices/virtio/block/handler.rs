@@ -24,7 +24,7 @@ const ID_BYTES: usize = 20;
 pub struct Handler {
     pub(super) memory: Arc<GuestMemory>,
     pub(super) queue: DeviceQueue,
-    pub(super) disk: Arc<Disk>,
+    pub(super) disk: Option<Arc<Disk>>,
     pub(super) id: String,
     pub(super) metrics: Arc<Metrics>,
 }
@@ -63,11 +63,12 @@ impl Handler {
     }
 
     fn execute(&self, operation: Operation<'_>) -> io::Result<Done> {
+        let disk = || self.disk.as_ref().ok_or_else(|| io::Error::other("the drive is empty"));
         match operation {
             Operation::Read { offset, to } => {
                 let bytes = queue::total(&to);
                 // SAFETY: slices of guest memory, which is mapped for good and whose content the monitor never relies on.
-                unsafe { self.disk.read(offset, queue::iovecs(&to))? };
+                unsafe { disk()?.read(offset, queue::iovecs(&to))? };
                 self.count(&self.metrics.reads, 1);
                 self.count(&self.metrics.read_bytes, bytes as u64);
                 // Requests are capped far below 4 GiB.
@@ -75,18 +76,18 @@ impl Handler {
             }
             Operation::Write { offset, from } => {
                 // SAFETY: slices of guest memory, which is mapped for good.
-                unsafe { self.disk.write(offset, queue::iovecs(&from))? };
+                unsafe { disk()?.write(offset, queue::iovecs(&from))? };
                 self.count(&self.metrics.writes, 1);
                 self.count(&self.metrics.write_bytes, queue::total(&from) as u64);
                 Ok(Done::Written(0))
             }
             Operation::Flush => {
-                self.disk.flush()?;
+                disk()?.flush()?;
                 self.count(&self.metrics.flushes, 1);
                 Ok(Done::Written(0))
             }
-            Operation::Discard(ranges) => self.zero(&ranges, |_| true),
-            Operation::WriteZeroes(ranges) => self.zero(&ranges, |range| range.unmap),
+            Operation::Discard(ranges) => self.zero(disk()?, &ranges, |_| true),
+            Operation::WriteZeroes(ranges) => self.zero(disk()?, &ranges, |range| range.unmap),
             Operation::GetId { to } => {
                 let mut id = [0; ID_BYTES];
                 for (to, from) in id.iter_mut().zip(self.id.bytes()) {
@@ -100,9 +101,9 @@ impl Handler {
     }
 
     /// Discarded ranges read as zeros, as those that were asked to be zero.
-    fn zero(&self, ranges: &[Range], punch: impl Fn(&Range) -> bool) -> io::Result<Done> {
+    fn zero(&self, disk: &Disk, ranges: &[Range], punch: impl Fn(&Range) -> bool) -> io::Result<Done> {
         for range in ranges {
-            self.disk.zero(range.offset, range.length, punch(range))?;
+            disk.zero(range.offset, range.length, punch(range))?;
         }
         self.count(&self.metrics.discards, 1);
         Ok(Done::Written(0))

@@ -4,6 +4,7 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
+use virtio_queue::QueueState;
 
 use super::handler::Handler;
 use super::input::Input;
@@ -59,6 +60,11 @@ impl VirtioDevice for Console {
         if let (Some(receive), Some(transmit)) = (queues.next(), queues.next()) {
             self.handler.queues = Some((memory, receive, transmit));
         }
+    }
+
+    fn queues(&self) -> Vec<QueueState> {
+        let queues = self.handler.queues.as_ref();
+        queues.map_or_else(Vec::new, |(_, receive, transmit)| vec![receive.state(0), transmit.state(0)])
     }
 
     fn reset(&mut self) {

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
+use virtio_queue::{Queue, QueueState};
 
 use super::handler::{Backend, Lost};
 use super::metrics::Metrics;
@@ -23,7 +24,10 @@ pub struct Fs {
     tag: String,
     config: [u8; TAG_BYTES + 4],
     queue_sizes: Vec<u16>,
-    backend: Backend,
+    /// None: nobody serves it.
+    backend: Option<Backend>,
+    /// The queues, while nobody serves them.
+    waiting: Option<Activation>,
     /// Set once the backend is gone; nothing is said to it any more.
     lost: bool,
     exit: ExitRequest,
@@ -36,6 +40,9 @@ impl Fs {
     /// # Errors
     /// Nobody listens on the socket, or the descriptor is no connected socket.
     pub fn new(config: &FilesystemConfig, exit: ExitRequest) -> Result<Self> {
+        if config.empty {
+            return Ok(Self::with(None, config, exit));
+        }
         let failed = |source| Error::Backend { tag: config.tag.clone(), source };
         let stream = config.connect().map_err(failed)?;
         Self::served_by(stream, config, exit).map_err(failed)
@@ -47,17 +54,32 @@ impl Fs {
         config: &FilesystemConfig,
         exit: ExitRequest,
     ) -> io::Result<Self> {
-        let queues = usize::from(config.queues);
-        Ok(Self {
+        let backend = Backend::new(stream, usize::from(config.queues) + 1)?;
+        Ok(Self::with(Some(backend), config, exit))
+    }
+
+    fn with(backend: Option<Backend>, config: &FilesystemConfig, exit: ExitRequest) -> Self {
+        Self {
             tag: config.tag.clone(),
             config: config_space(&config.tag, config.queues),
             // One queue for urgent requests comes first.
-            queue_sizes: vec![config.queue_size; queues + 1],
-            backend: Backend::new(stream, queues + 1)?,
+            queue_sizes: vec![config.queue_size; usize::from(config.queues) + 1],
+            backend,
+            waiting: None,
             lost: false,
             exit,
             metrics: Arc::new(Metrics::default()),
-        })
+        }
+    }
+
+    /// Says something to the backend, if there is one left.
+    fn tell(&mut self, say: impl FnOnce(&mut Backend) -> Result<(), Lost>) {
+        if let Some(backend) = &mut self.backend
+            && !self.lost
+            && let Err(why) = say(backend)
+        {
+            self.lose(&why);
+        }
     }
 
     fn lose(&mut self, why: &Lost) {
@@ -101,15 +123,12 @@ impl VirtioDevice for Fs {
 
     /// Not earlier, so that the backend starts while the guest boots.
     fn acknowledged(&mut self) {
-        if !self.lost
-            && let Err(why) = self.backend.negotiate()
-        {
-            self.lose(&why);
-        }
+        self.tell(Backend::negotiate);
     }
 
+    /// Before there is a backend, what every one has.
     fn features(&self) -> u64 {
-        self.backend.features() & F_COMMON
+        self.backend.as_ref().map_or(F_COMMON, |backend| backend.features() & F_COMMON)
     }
 
     fn config(&self) -> &[u8] {
@@ -117,23 +136,33 @@ impl VirtioDevice for Fs {
     }
 
     fn activate(&mut self, activation: Activation) {
-        if self.lost {
+        if self.backend.is_none() {
+            self.waiting = Some(activation);
             return;
         }
-        match self.backend.start(&activation) {
-            Ok(()) => {
-                self.metrics.activations.fetch_add(1, Ordering::Relaxed);
-            }
-            Err(why) => self.lose(&why),
+        self.tell(|backend| backend.start(&activation));
+        if !self.lost {
+            self.metrics.activations.fetch_add(1, Ordering::Relaxed);
         }
     }
 
-    fn reset(&mut self) {
-        if !self.lost
-            && let Err(why) = self.backend.stop()
-        {
-            self.lose(&why);
+    fn queues(&self) -> Vec<QueueState> {
+        self.waiting.iter().flat_map(|waiting| &waiting.queues).map(Queue::state).collect()
+    }
+
+    /// What the backend knows of open files and of requests under way is in another process.
+    fn saveable(&self) -> Result<(), String> {
+        if self.backend.is_none() {
+            return Ok(());
         }
+        Err("a directory of the host is shared with it, and what the process that serves it knows of the guest cannot be \
+             saved. Only a machine without shared directories can"
+            .to_owned())
+    }
+
+    fn reset(&mut self) {
+        self.waiting = None;
+        self.tell(Backend::stop);
     }
 
     /// The backend is notified, not the monitor.
@@ -142,15 +171,11 @@ impl VirtioDevice for Fs {
     }
 
     fn host_fds(&self) -> Vec<RawFd> {
-        vec![self.backend.fd()]
+        self.backend.iter().map(Backend::fd).collect()
     }
 
     fn host_event(&mut self, _: RawFd) -> Result<Progress, GuestError> {
-        if !self.lost
-            && let Err(why) = self.backend.check()
-        {
-            self.lose(&why);
-        }
+        self.tell(|backend| backend.check());
         Ok(Progress::Done)
     }
 
@@ -173,6 +198,7 @@ mod tests {
             tag: "host".into(),
             socket: None,
             fd: Some(3),
+            empty: false,
             queues: 1,
             queue_size: QUEUE_SIZE,
         };

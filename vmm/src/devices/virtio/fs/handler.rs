@@ -128,7 +128,7 @@ impl Backend {
         let ready = queues.iter().zip(kicks.iter()).enumerate().filter(|(_, (queue, _))| queue.ready());
         let mut rings = Vec::new();
         for (index, (queue, kick)) in ready {
-            rings.push((index, ring(memory, queue).ok_or(Lost::Queue(index))?, kick));
+            rings.push((index, ring(memory, queue).ok_or(Lost::Queue(index))?, queue.next_avail(), kick));
         }
         let acknowledges = self.acknowledges;
         self.exchange("take over the queues", |frontend| {
@@ -141,9 +141,9 @@ impl Backend {
             ask(frontend, acknowledges);
             frontend.set_mem_table(&regions)?;
             ask(frontend, false);
-            for (index, ring, kick) in &rings {
+            for (index, ring, next, kick) in &rings {
                 frontend.set_vring_num(*index, ring.queue_size)?;
-                frontend.set_vring_base(*index, 0)?;
+                frontend.set_vring_base(*index, *next)?;
                 frontend.set_vring_addr(*index, ring)?;
                 frontend.set_vring_call(*index, interrupt.line())?;
                 frontend.set_vring_kick(*index, kick)?;

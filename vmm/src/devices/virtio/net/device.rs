@@ -5,11 +5,13 @@ use std::sync::Arc;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU};
+use virtio_queue::QueueState;
 
 use super::backend::Backend;
 use super::handler::{Handler, Rings, Scratch};
 use super::metrics::Metrics;
 use super::receive::ReceiveBuffers;
+use super::unplugged::Unplugged;
 use crate::devices::virtio::queue::DeviceQueue;
 use crate::devices::virtio::{Activation, F_COMMON, GuestError, Progress, VirtioDevice};
 
@@ -28,8 +30,19 @@ pub struct Net {
 impl Net {
     /// A device called `name` in front of `backend`. Without a `mac` the guest makes one up.
     pub fn new(name: &str, backend: Box<dyn Backend>, mac: Option<[u8; 6]>, mtu: u16) -> Self {
-        let mut features =
-            F_COMMON | 1 << VIRTIO_NET_F_MRG_RXBUF | 1 << VIRTIO_NET_F_MTU | backend.offloads();
+        let mut device = Self::with(name, backend, mac, mtu);
+        device.features |= 1 << VIRTIO_NET_F_MTU;
+        device
+    }
+
+    /// A device called `name` that is connected to nothing yet. The guest learns of its address and MTU by other ways, once
+    /// it is.
+    pub fn unplugged(name: &str, cable: Unplugged) -> Self {
+        Self::with(name, Box::new(cable), None, 0)
+    }
+
+    fn with(name: &str, backend: Box<dyn Backend>, mac: Option<[u8; 6]>, mtu: u16) -> Self {
+        let mut features = F_COMMON | 1 << VIRTIO_NET_F_MRG_RXBUF | backend.offloads();
         // `struct virtio_net_config` (section 5.1.4): MAC, status, queue pairs, MTU.
         let mut config = [0; 12];
         if let Some(mac) = mac {
@@ -81,6 +94,13 @@ impl VirtioDevice for Net {
                 scratch: Scratch::default(),
             });
         }
+    }
+
+    fn queues(&self) -> Vec<QueueState> {
+        let rings = self.handler.rings.as_ref();
+        rings.map_or_else(Vec::new, |rings| {
+            vec![rings.receive.state(rings.buffers.held()), rings.transmit.state(0)]
+        })
     }
 
     fn reset(&mut self) {

@@ -15,8 +15,10 @@ mod stream;
 mod tap;
 #[cfg(test)]
 mod tests;
+mod unplugged;
 
 pub use backend::Backend;
 pub use device::Net;
 pub use stream::Stream;
 pub use tap::Tap;
+pub use unplugged::Unplugged;

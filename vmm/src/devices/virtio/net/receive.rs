@@ -67,6 +67,12 @@ impl ReceiveBuffers {
         }
     }
 
+    /// Chains taken and not given back.
+    pub fn held(&self) -> u16 {
+        // No more than a queue has.
+        self.chains.len() as u16
+    }
+
     fn is_enough(&self, queue: &DeviceQueue, wanted: usize, merge: bool) -> bool {
         // A driver whose whole queue holds less gets its packets cut off: it knew what it asked for.
         let full = self.chains.len() >= usize::from(queue.size()) || self.pieces.len() >= MAX_DESCRIPTORS;

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
+use virtio_queue::QueueState;
 
 use super::handler::Handler;
 use super::metrics::Metrics;
@@ -44,6 +45,10 @@ impl VirtioDevice for Rng {
             queue: DeviceQueue::new(queue, 0, &interrupt),
             metrics: Arc::clone(&self.metrics),
         });
+    }
+
+    fn queues(&self) -> Vec<QueueState> {
+        self.handler.iter().map(|handler| handler.queue.state(0)).collect()
     }
 
     fn reset(&mut self) {

@@ -5,8 +5,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
+use virtio_queue::QueueState;
 
-use super::handler::Handler;
+use super::handler::{Handler, Queues};
 use super::metrics::Metrics;
 use super::muxer::Muxer;
 use crate::devices::virtio::queue::DeviceQueue;
@@ -64,10 +65,21 @@ impl VirtioDevice for Vsock {
     fn activate(&mut self, activation: Activation) {
         let Activation { memory, queues, interrupt, .. } = activation;
         let mut queues = queues.into_iter().zip(0..).map(|(queue, i)| DeviceQueue::new(queue, i, &interrupt));
-        // The event queue is for migration between hosts; nothing is ever put into it.
-        if let (Some(receive), Some(transmit)) = (queues.next(), queues.next()) {
-            self.handler.queues = Some((memory, receive, transmit));
+        if let (Some(receive), Some(transmit), Some(events)) = (queues.next(), queues.next(), queues.next()) {
+            self.handler.queues = Some(Queues { memory, receive, transmit, events });
         }
+    }
+
+    fn queues(&self) -> Vec<QueueState> {
+        let queues = self.handler.queues.as_ref();
+        queues.map_or_else(Vec::new, |Queues { receive, transmit, events, .. }| {
+            vec![receive.state(0), transmit.state(0), events.state(0)]
+        })
+    }
+
+    /// The streams that the guest knows ended with the machine it was.
+    fn restored(&mut self) {
+        self.handler.announce_reset();
     }
 
     fn reset(&mut self) {

@@ -10,10 +10,24 @@ use crate::devices::virtio::queue::{self, Buffers, DeviceQueue};
 use crate::devices::virtio::{GuestError, Progress};
 use crate::memory::GuestMemory;
 
+/// Memory and the driver's queues.
+pub struct Queues {
+    pub(super) memory: Arc<GuestMemory>,
+    /// To the guest.
+    pub(super) receive: DeviceQueue,
+    /// From it.
+    pub(super) transmit: DeviceQueue,
+    /// What happens to the device as a whole.
+    pub(super) events: DeviceQueue,
+}
+
+/// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`, `struct virtio_vsock_event` (section 5.10.6.7).
+const TRANSPORT_RESET: [u8; 4] = 0_u32.to_le_bytes();
+
 /// The active half of the device.
 pub struct Handler {
-    /// Memory, receive queue (to the guest), transmit queue (from it) while the driver is ready.
-    pub(super) queues: Option<(Arc<GuestMemory>, DeviceQueue, DeviceQueue)>,
+    /// What there is while the driver is ready.
+    pub(super) queues: Option<Queues>,
     pub(super) muxer: Muxer,
     pub(super) metrics: Arc<Metrics>,
 }
@@ -24,7 +38,7 @@ impl Handler {
     /// # Errors
     /// When the guest breaks the rules.
     pub fn transmit(&mut self) -> Result<Progress, GuestError> {
-        let Some((memory, _, transmit)) = &mut self.queues else { return Ok(Progress::Done) };
+        let Some(Queues { memory, transmit, .. }) = &mut self.queues else { return Ok(Progress::Done) };
         let mut progress = Progress::More;
         transmit.disable_kicks(memory)?;
         for _ in 0..transmit.size() {
@@ -51,7 +65,7 @@ impl Handler {
     /// # Errors
     /// When the guest breaks the rules.
     pub fn receive(&mut self) -> Result<Progress, GuestError> {
-        let Some((memory, receive, _)) = &mut self.queues else { return Ok(Progress::Done) };
+        let Some(Queues { memory, receive, .. }) = &mut self.queues else { return Ok(Progress::Done) };
         let mut progress = Progress::More;
         let mut used = false;
         for _ in 0..receive.size() {
@@ -83,6 +97,21 @@ impl Handler {
             receive.notify(memory)?;
         }
         Ok(progress)
+    }
+
+    /// Tells the guest that all its streams have ended. A driver that has made no buffer available for that has none.
+    pub fn announce_reset(&mut self) {
+        let Some(Queues { memory, events, .. }) = &mut self.queues else { return };
+        let mut tell = || {
+            let Some(chain) = events.pop(memory)? else { return Ok(()) };
+            let head = chain.head_index();
+            let buffers = Buffers::of(memory, chain)?;
+            let written = queue::write(&buffers.writable, &TRANSPORT_RESET);
+            events.push(memory, head, written as u32)?;
+            events.notify(memory)
+        };
+        // A guest that breaks the rules of this queue keeps streams that answer with a reset.
+        let _: Result<(), GuestError> = tell();
     }
 
     /// Something happened on the host's sockets.

@@ -1,15 +1,16 @@
 //! The configuration of one microVM, as written in the JSON file given to `bulkhead-vmm --config`.
 
+mod devices;
+
 use std::fs;
-use std::io;
-use std::os::fd::{FromRawFd, RawFd};
-use std::os::unix::net::UnixStream;
+use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+pub use devices::{DiskConfig, EmptyNetwork, FilesystemConfig, NetworkConfig};
+
 use crate::arch::layout;
-use crate::devices::virtio::fs::TAG_BYTES;
 use crate::error::{Error, Result};
 
 /// Most vCPUs a machine can have.
@@ -40,8 +41,13 @@ pub struct Config {
     /// Processors and memory.
     #[serde(default)]
     pub machine: MachineConfig,
-    /// What is booted.
-    pub boot: BootConfig,
+    /// What is booted; this or `restore`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boot: Option<BootConfig>,
+    /// Directory of a snapshot with which the machine goes on instead of booting. Processors, memory size and devices must
+    /// be those of the snapshot; what the devices are connected to need not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restore: Option<PathBuf>,
     /// Disks in the order in which the guest sees them: vda, vdb, …
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<DiskConfig>,
@@ -86,6 +92,13 @@ pub struct MachineConfig {
     pub kvm_fd: Option<RawFd>,
 }
 
+impl MachineConfig {
+    /// Guest memory in bytes.
+    pub fn memory_bytes(&self) -> u64 {
+        u64::from(self.memory_mib) << 20
+    }
+}
+
 impl Default for MachineConfig {
     fn default() -> Self {
         Self { vcpus: 1, memory_mib: 256, kvm_fd: None }
@@ -93,7 +106,7 @@ impl Default for MachineConfig {
 }
 
 /// What is booted.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BootConfig {
     /// ELF vmlinux or bzImage.
@@ -111,79 +124,6 @@ pub const DEFAULT_CMDLINE: &str = "console=hvc0 panic=-1 reboot=k quiet";
 
 fn default_cmdline() -> String {
     DEFAULT_CMDLINE.to_owned()
-}
-
-/// One disk: a raw file (`path`), or several read-only files shown as the partitions of one disk (`layers`).
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct DiskConfig {
-    /// Name for people, and the serial number the guest sees (its first 20 bytes).
-    pub id: String,
-    /// Whether the guest's writes are refused. Always true for `layers`.
-    #[serde(default)]
-    pub read_only: bool,
-    /// Raw image file or block device.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub path: Option<PathBuf>,
-    /// Files shown as partitions 1, 2, … of a disk with a GPT made by the monitor.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub layers: Vec<PathBuf>,
-}
-
-/// A directory of the host that a vhost-user process (virtiofsd) serves, and how to reach that process: one of `socket` and
-/// `fd`. Guest memory is shared with it.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct FilesystemConfig {
-    /// Name by which the guest mounts it, 1 to 36 bytes.
-    pub tag: String,
-    /// Unix socket on which the process listens.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub socket: Option<PathBuf>,
-    /// Descriptor that the monitor inherits: a unix socket connected to the process. The process then sees the monitor's
-    /// end whatever happens, and no socket is left lying about.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub fd: Option<RawFd>,
-    /// Request queues; virtiofsd has 1.
-    #[serde(default = "one")]
-    pub queues: u16,
-    /// Entries of each queue, a power of two. A request of 1 MiB takes 260.
-    #[serde(default = "default_queue_size")]
-    pub queue_size: u16,
-}
-
-fn one() -> u16 {
-    1
-}
-
-fn default_queue_size() -> u16 {
-    512
-}
-
-/// One network interface: exactly one of `tap`, `fd` and `socket` says what it is connected to.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct NetworkConfig {
-    /// Name of a tap in the monitor's network namespace; one that does not exist is made and ends with the monitor.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub tap: Option<String>,
-    /// Number of an open descriptor that the monitor inherits: of a tap with `IFF_VNET_HDR`, or of a connected unix
-    /// stream socket as `socket`'s.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub fd: Option<i32>,
-    /// Unix socket that carries frames after their length in four bytes, most significant first: passt's.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub socket: Option<PathBuf>,
-    /// The guest's address, like `02:00:00:00:00:01`; absent: the guest makes one up.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub mac: Option<String>,
-    /// Largest packet without Ethernet header, 68 to 65535.
-    #[serde(default = "default_mtu")]
-    pub mtu: u16,
-}
-
-fn default_mtu() -> u16 {
-    DEFAULT_MTU
 }
 
 /// Sockets between host and guest.
@@ -297,6 +237,23 @@ impl Config {
         Ok(config)
     }
 
+    /// The configuration of the machine that the snapshot in `directory` was taken of, to go on from it.
+    ///
+    /// # Errors
+    /// When the snapshot cannot be used.
+    pub fn of_snapshot(directory: &Path) -> Result<Self> {
+        let opened = crate::snapshot::Opened::open(directory)?;
+        let mut config: Self =
+            serde_json::from_str(&opened.snapshot.config).map_err(|error| Error::Snapshot {
+                directory: directory.to_owned(),
+                why: format!("its configuration is not understood: {error}"),
+            })?;
+        // What was handed down to that monitor was not to this one.
+        config.machine.kvm_fd = None;
+        (config.boot, config.restore) = (None, Some(directory.to_owned()));
+        Ok(config)
+    }
+
     /// Checks what can be checked without touching a file or KVM.
     ///
     /// # Errors
@@ -316,8 +273,13 @@ impl Config {
                 layout::MAX_MEMORY_MIB
             ));
         }
-        if self.boot.cmdline.bytes().any(|byte| byte == 0 || byte == b'\n') {
-            return complain("boot.cmdline must be one line of text".to_owned());
+        match (&self.boot, &self.restore) {
+            (None, None) => return complain("give \"boot\" or \"restore\"".to_owned()),
+            (Some(_), Some(_)) => return complain("give \"boot\" or \"restore\", not both".to_owned()),
+            (Some(boot), None) if boot.cmdline.bytes().any(|byte| byte == 0 || byte == b'\n') => {
+                return complain("boot.cmdline must be one line of text".to_owned());
+            }
+            _ => {}
         }
         if self.console.ring_kib > MAX_RING_KIB {
             return complain(format!(
@@ -381,123 +343,6 @@ impl Config {
     }
 }
 
-impl NetworkConfig {
-    /// The guest's address, once it has been checked.
-    ///
-    /// # Errors
-    /// It is none, or one of a group.
-    pub fn mac(&self) -> Result<Option<[u8; 6]>, String> {
-        let Some(text) = &self.mac else { return Ok(None) };
-        let bad = || format!("\"mac\" is {text:?}, but must be six bytes like 02:00:00:00:00:01");
-        let mut mac = [0; 6];
-        let mut parts = text.split(':');
-        for byte in &mut mac {
-            let digits = |part: &&str| part.len() == 2 && part.bytes().all(|b| b.is_ascii_hexdigit());
-            let part = parts.next().filter(digits).ok_or_else(bad)?;
-            *byte = u8::from_str_radix(part, 16).map_err(|_| bad())?;
-        }
-        if parts.next().is_some() {
-            return Err(bad());
-        }
-        if mac[0] & 1 != 0 || mac == [0; 6] {
-            return Err(format!("\"mac\" is {text}, which cannot be the address of one interface"));
-        }
-        Ok(Some(mac))
-    }
-
-    fn check(&self) -> Result<(), String> {
-        let ways = usize::from(self.tap.is_some())
-            + usize::from(self.fd.is_some())
-            + usize::from(self.socket.is_some());
-        if ways != 1 {
-            return Err("it needs exactly one of \"tap\", \"fd\" and \"socket\"".to_owned());
-        }
-        if let Some(name) = &self.tap
-            && (name.is_empty() || name.len() >= libc::IFNAMSIZ || name.contains(['/', '%', '\0']))
-        {
-            return Err(format!("\"tap\" is {name:?}, but must be an interface's name of 1 to 15 bytes"));
-        }
-        if self.fd.is_some_and(|fd| fd < 3) {
-            return Err("\"fd\" must be 3 or more: the others are the standard streams".to_owned());
-        }
-        if !MTUS.contains(&self.mtu) {
-            return Err(format!("\"mtu\" is {}, but must be {} to {}", self.mtu, MTUS.start(), MTUS.end()));
-        }
-        self.mac().map(drop)
-    }
-}
-
-impl DiskConfig {
-    fn check(&self) -> Result<()> {
-        let id = &self.id;
-        match (&self.path, self.layers.len()) {
-            (Some(_), 0) => Ok(()),
-            (None, 1..=MAX_LAYERS) if self.read_only => Ok(()),
-            (None, 1..=MAX_LAYERS) => {
-                Err(Error::Config(format!("disk {id:?}: a disk of layers needs \"read_only\": true")))
-            }
-            (None, 0) => Err(Error::Config(format!("disk {id:?} needs \"path\" or \"layers\""))),
-            (None, n) => {
-                Err(Error::Config(format!("disk {id:?} has {n} layers, but at most {MAX_LAYERS} fit")))
-            }
-            (Some(_), _) => Err(Error::Config(format!("disk {id:?} has both \"path\" and \"layers\""))),
-        }
-    }
-}
-
-impl FilesystemConfig {
-    fn check(&self) -> Result<()> {
-        let Self { tag, socket, fd, queues, queue_size } = self;
-        let complain = |message: String| Err(Error::Config(format!("filesystem {tag:?}: {message}")));
-        if tag.is_empty() || tag.len() > TAG_BYTES || tag.contains('\0') {
-            return complain(format!("the tag must have 1 to {TAG_BYTES} bytes, none of them 0"));
-        }
-        if socket.is_some() == fd.is_some() {
-            return complain("give \"socket\" or \"fd\"".to_owned());
-        }
-        if fd.is_some_and(|fd| fd < 3) {
-            return complain("fd must be 3 or above".to_owned());
-        }
-        if !(1..=MAX_QUEUES).contains(queues) {
-            return complain(format!("queues is {queues}, but must be 1 to {MAX_QUEUES}"));
-        }
-        if !queue_size.is_power_of_two() || *queue_size < 16 || *queue_size > MAX_QUEUE_SIZE {
-            return complain(format!(
-                "queue_size is {queue_size}, but must be a power of two from 16 to {MAX_QUEUE_SIZE}"
-            ));
-        }
-        Ok(())
-    }
-
-    /// The connection to the process. To be called once: an inherited descriptor is taken over.
-    ///
-    /// # Errors
-    /// Nobody listens, or the descriptor is no connected unix socket.
-    pub(crate) fn connect(&self) -> io::Result<UnixStream> {
-        if let Some(path) = &self.socket {
-            return UnixStream::connect(path)
-                .map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", path.display())));
-        }
-        let fd = self.fd.unwrap_or(-1);
-        let what = |error: io::Error| io::Error::new(error.kind(), format!("descriptor {fd}: {error}"));
-        // SAFETY: F_SETFD takes no pointers, and fails when there is no such descriptor.
-        if unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
-            return Err(what(io::Error::last_os_error()));
-        }
-        // SAFETY: the descriptor is open. Whoever started the monitor says that it is meant for this, `check` that it is
-        // named once, and the monitor has no other use for a number that it did not open itself.
-        let stream = unsafe { UnixStream::from_raw_fd(fd) };
-        match stream.peer_addr() {
-            Ok(_) => Ok(stream),
-            Err(error) => {
-                // It is something else after all, and not ours to close.
-                std::mem::forget(stream);
-                Err(what(error))
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -512,7 +357,7 @@ mod tests {
     fn the_smallest_configuration_is_a_kernel() {
         let config = parse(r#"{"boot":{"kernel":"k"}}"#).unwrap();
         assert_eq!(config.machine, MachineConfig { vcpus: 1, memory_mib: 256, kvm_fd: None });
-        assert_eq!(config.boot.cmdline, DEFAULT_CMDLINE);
+        assert_eq!(config.boot.as_ref().unwrap().cmdline, DEFAULT_CMDLINE);
         assert!(config.rng && config.vsock.is_none() && config.disks.is_empty());
     }
 
@@ -547,6 +392,11 @@ mod tests {
             (r#"{"boot":{"kernel":"k"},"filesystems":[{"tag":"t","fd":5,"queues":0}]}"#, "queues"),
             (r#"{"boot":{"kernel":"k"},"filesystems":[{"tag":"t","fd":5},{"tag":"t","fd":6}]}"#, "tag"),
             (r#"{"boot":{"kernel":"k"},"filesystems":[{"tag":"t","fd":5},{"tag":"u","fd":5}]}"#, "fd"),
+            (r#"{"boot":{"kernel":"k"},"restore":"s"}"#, "not both"),
+            (r#"{}"#, "restore"),
+            (r#"{"restore":"s","disks":[{"id":"a","path":"p","empty":true}]}"#, "empty"),
+            (r#"{"restore":"s","filesystems":[{"tag":"t","fd":5,"empty":true}]}"#, "exactly one"),
+            (r#"{"restore":"s","networks":[{"fd":5,"empty":"tap"}]}"#, "exactly one"),
             (r#"{"boot":{"kernel":"k"},"networks":[{}]}"#, "exactly one"),
             (r#"{"boot":{"kernel":"k"},"networks":[{"tap":"t","fd":4}]}"#, "exactly one"),
             (r#"{"boot":{"kernel":"k"},"networks":[{"fd":1}]}"#, "standard"),
@@ -573,7 +423,11 @@ mod tests {
             "networks":[{"tap":"t","mac":"02:00:00:00:00:01","mtu":9000},{"fd":7},{"socket":"s"}],
             "vsock":{"cid":3,"socket":"s"},"console":{"output":"/tmp/o","input":"stdin","ring_kib":1},
             "serial":{"output":"stdout"},"control":"c","report":"r"}"#;
-        let config = parse(text).unwrap();
-        assert_eq!(config, parse(&serde_json::to_string(&config).unwrap()).unwrap());
+        let empty = r#"{"restore":"s","disks":[{"id":"a","read_only":true,"empty":true}],
+            "filesystems":[{"tag":"t","empty":true}],"networks":[{"empty":"tap"},{"empty":"stream"}]}"#;
+        for text in [text, empty] {
+            let config = parse(text).unwrap();
+            assert_eq!(config, parse(&serde_json::to_string(&config).unwrap()).unwrap());
+        }
     }
 }

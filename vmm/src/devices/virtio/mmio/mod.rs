@@ -1,14 +1,18 @@
 //! The MMIO transport (section 4.2 of the standard, version 2): registers that vCPU threads read and write, behind which
 //! a device works in the event loop's thread.
 
+mod state;
+
 use std::io;
 use std::os::fd::RawFd;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use serde_json::json;
 use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::EventFd;
+
+pub use state::TransportState;
 
 use super::interrupt::Interrupt;
 use super::{Activation, GuestError, Progress, VirtioDevice};
@@ -72,6 +76,8 @@ pub struct MmioTransport {
     kicks: Arc<[EventFd]>,
     remote: bool,
     kick_count: AtomicU64,
+    /// The configuration space is not what the driver saw before it was saved.
+    changed: AtomicBool,
 }
 
 struct State {
@@ -119,6 +125,7 @@ impl MmioTransport {
             kicks,
             remote,
             kick_count: AtomicU64::new(0),
+            changed: AtomicBool::new(false),
         })
     }
 
@@ -278,6 +285,11 @@ impl MmioTransport {
         for queue in &mut state.queues {
             queue.set_event_idx(event_idx);
         }
+        self.hand_over(state);
+    }
+
+    /// The device gets its queues.
+    fn hand_over(&self, state: &mut State) {
         let activation = Activation {
             memory: Arc::clone(&self.memory),
             queues: std::mem::take(&mut state.queues),

@@ -1,0 +1,325 @@
+//! The recipe: how a microVM is made, runs and ends. Read [`Machine::build`] top to bottom.
+
+mod devices;
+mod save;
+
+use std::os::fd::{FromRawFd, IntoRawFd, RawFd};
+use std::panic::resume_unwind;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::thread;
+
+use kvm_bindings::{CpuId, KVM_API_VERSION, kvm_cpuid_entry2};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use linux_loader::loader::Cmdline;
+
+use crate::arch::{boot, cpuid, layout, regs};
+use crate::config::{BootConfig, Config};
+use crate::control::server::Server;
+use crate::error::{Error, Result};
+use crate::event_loop::EventLoop;
+use crate::exit::{ExitRequest, Outcome};
+use crate::memory::{self, Backing, GuestMemory};
+use crate::report::Report;
+use crate::snapshot::{Extent, Opened};
+use crate::timeline::Timeline;
+use crate::vcpu::{Vcpu, Vcpus};
+pub use devices::Devices;
+use devices::{inherited, open_disk};
+pub use save::Taken;
+
+/// A vCPU, and what it was told that it is.
+type Identified = (VcpuFd, Vec<kvm_cpuid_entry2>);
+
+/// A microVM, complete but not running.
+pub struct Machine {
+    config: Config,
+    vcpus: Vec<Vcpu>,
+    devices: Devices,
+    exit: ExitRequest,
+    timeline: Arc<Timeline>,
+    memory: Arc<GuestMemory>,
+    /// What of memory was mapped from a snapshot.
+    base: Vec<Extent>,
+    kvm: Kvm,
+    /// Last, so that it outlives what was made of it.
+    vm: VmFd,
+}
+
+impl Machine {
+    /// Builds the machine that `config` describes: one that boots, or one that goes on from a snapshot.
+    ///
+    /// # Errors
+    /// When the configuration, a file it names, KVM or the host does not allow it.
+    pub fn build(config: Config, timeline: Arc<Timeline>) -> Result<Self> {
+        let kvm = open_kvm(config.machine.kvm_fd)?;
+        match (&config.boot, &config.restore) {
+            (Some(boot), _) => {
+                let boot = boot.clone();
+                Self::boot(config, &boot, timeline, kvm)
+            }
+            (None, Some(directory)) => {
+                let opened = Opened::open(directory)?;
+                timeline.mark("snapshot-read");
+                Self::restore(config, opened, timeline, kvm)
+            }
+            (None, None) => Err(Error::Config("nothing to boot and nothing to restore".to_owned())),
+        }
+    }
+
+    /// A machine that boots.
+    fn boot(config: Config, boot: &BootConfig, timeline: Arc<Timeline>, kvm: Kvm) -> Result<Self> {
+        let bytes = config.machine.memory_bytes();
+        let memory = Arc::new(memory::create(bytes, backing(&config))?);
+        // KVM waits some milliseconds for the host's RCU before there is a virtual machine: meanwhile another thread does
+        // all that needs none. In the emulated host, with its one processor, that is 7 ms less.
+        let (vm, features, files) = thread::scope(|scope| {
+            let loader = thread::Builder::new().name("loader".into());
+            let prepared = loader
+                .spawn_scoped(scope, || Ok((cpuid::supported(&kvm)?, boot::load(&memory, bytes, boot)?)))
+                .map_err(Error::os("start a thread"))?;
+            let vm = kvm.create_vm().map_err(Error::kvm("create a virtual machine"))?;
+            memory::register(&vm, &memory)?;
+            create_interrupt_controller(&vm)?;
+            timeline.mark("memory");
+            let (features, files) = prepared.join().unwrap_or_else(|panic| resume_unwind(panic))?;
+            timeline.mark("kernel-loaded");
+            Ok::<_, Error>((vm, features, files))
+        })?;
+        let exit = ExitRequest::new().map_err(Error::os("make an eventfd"))?;
+        let mut cmdline = kernel_cmdline(boot)?;
+        let devices = Devices::build(&config, &vm, &memory, &exit, &timeline, &mut cmdline)?;
+        timeline.mark("devices");
+
+        let count = config.machine.vcpus;
+        let entry = files.finish(&memory, bytes, count, &cmdline)?;
+        let fds = create_vcpus(&kvm, &vm, &features, count, entry)?;
+        let machine =
+            Self { config, vcpus: Vec::new(), devices, exit, timeline, memory, base: Vec::new(), kvm, vm };
+        Ok(machine.with_vcpus(fds))
+    }
+
+    /// A machine that goes on from a snapshot: the same steps, with less to do in each.
+    fn restore(config: Config, opened: Opened, timeline: Arc<Timeline>, kvm: Kvm) -> Result<Self> {
+        let Opened { snapshot, memory: file, .. } = &opened;
+        opened.fits(&config.machine, &cpuid::supported(&kvm)?)?;
+        let memory = Arc::new(memory::create(snapshot.memory_bytes, backing(&config))?);
+        let vm = thread::scope(|scope| {
+            let mapper = thread::Builder::new().name("mapper".into());
+            let mapped = mapper
+                .spawn_scoped(scope, || crate::snapshot::memory::fill(&memory, file, &snapshot.extents))
+                .map_err(Error::os("start a thread"))?;
+            let vm = kvm.create_vm().map_err(Error::kvm("create a virtual machine"))?;
+            mapped
+                .join()
+                .unwrap_or_else(|panic| resume_unwind(panic))
+                .map_err(Error::os("map the snapshot's memory"))?;
+            memory::register(&vm, &memory)?;
+            create_interrupt_controller(&vm)?;
+            timeline.mark("memory");
+            Ok::<_, Error>(vm)
+        })?;
+        let exit = ExitRequest::new().map_err(Error::os("make an eventfd"))?;
+        // Nobody reads it: the guest found its devices long ago.
+        let mut unread = kernel_cmdline(&BootConfig::default())?;
+        let devices = Devices::build(&config, &vm, &memory, &exit, &timeline, &mut unread)?;
+        devices.restore(&opened)?;
+        timeline.mark("devices");
+
+        snapshot.vm.restore(&vm)?;
+        let fds = (0_u64..)
+            .zip(&snapshot.vcpus)
+            .map(|(id, state)| {
+                let vcpu = vm.create_vcpu(id).map_err(Error::kvm("create a vCPU"))?;
+                state.restore(&vcpu)?;
+                Ok((vcpu, state.cpuid().to_vec()))
+            })
+            .collect::<Result<_>>()?;
+        devices.wake();
+        let base = snapshot.extents.clone();
+        let machine = Self { config, vcpus: Vec::new(), devices, exit, timeline, memory, base, kvm, vm };
+        Ok(machine.with_vcpus(fds))
+    }
+
+    /// Gives each vCPU what its exits need.
+    fn with_vcpus(mut self, vcpus: Vec<Identified>) -> Self {
+        self.vcpus = vcpus
+            .into_iter()
+            .zip(0..)
+            .map(|((fd, cpuid), id)| Vcpu {
+                id,
+                fd,
+                cpuid,
+                ports: Arc::clone(&self.devices.ports),
+                mmio: Arc::clone(&self.devices.mmio),
+                memory: Arc::clone(&self.memory),
+                exit: self.exit.clone(),
+                timeline: Arc::clone(&self.timeline),
+            })
+            .collect();
+        self.timeline.mark("vcpus");
+        self
+    }
+
+    /// Lets others end the machine.
+    pub fn exit_request(&self) -> ExitRequest {
+        self.exit.clone()
+    }
+
+    /// Runs the machine until it ends, and tells how it did.
+    ///
+    /// # Errors
+    /// When threads or sockets cannot be had.
+    pub fn run(self) -> Result<(Outcome, Report)> {
+        let Self { config, vcpus, devices, exit, timeline, memory, base, kvm, vm } = self;
+        let devices = Arc::new(devices);
+        let mut events = EventLoop::new()?;
+        for device in &devices.virtio {
+            events.add_device(Arc::clone(device));
+        }
+        let control = config.control.as_deref().map(Server::bind).transpose()?;
+
+        let vcpus = Rc::new(Vcpus::start(vcpus)?);
+        if let Some(control) = control {
+            let machine = Running {
+                config,
+                devices: Arc::clone(&devices),
+                vcpus: Rc::clone(&vcpus),
+                exit: exit.clone(),
+                timeline: Arc::clone(&timeline),
+                memory,
+                base,
+                kvm,
+                vm,
+            };
+            events.add(Box::new(control.serve(machine)));
+        }
+        events.run(&exit)?;
+
+        for device in &devices.virtio {
+            device.finish();
+        }
+        timeline.mark("exit");
+        Ok(devices.conclude(&exit, &timeline))
+    }
+}
+
+/// Checks everything about `config` that can be checked without running it: files, kernel, sizes, KVM.
+///
+/// # Errors
+/// As [`Machine::build`].
+pub fn check(config: &Config) -> Result<()> {
+    let kvm = open_kvm(config.machine.kvm_fd)?;
+    for disk in config.disks.iter().filter(|disk| !disk.empty) {
+        open_disk(disk)?;
+    }
+    let Some(boot) = &config.boot else {
+        let directory = config.restore.clone().unwrap_or_default();
+        return Opened::open(&directory)?.fits(&config.machine, &cpuid::supported(&kvm)?);
+    };
+    let bytes = config.machine.memory_bytes();
+    let memory = memory::create(bytes, backing(config))?;
+    let cmdline = kernel_cmdline(boot)?;
+    boot::load(&memory, bytes, boot)?.finish(&memory, bytes, config.machine.vcpus, &cmdline).map(drop)
+}
+
+/// Memory is shared only where somebody shares it: huge pages are had for anonymous memory on every host, for memory
+/// files on few.
+fn backing(config: &Config) -> Backing {
+    let shared = config.filesystems.iter().any(|filesystem| !filesystem.empty);
+    if shared { Backing::Shared } else { Backing::Private }
+}
+
+/// What the control socket can see and do.
+pub struct Running {
+    /// As built.
+    pub config: Config,
+    /// For metrics and console.
+    pub devices: Arc<Devices>,
+    /// For their state, pause and resume.
+    pub vcpus: Rc<Vcpus>,
+    /// For quit.
+    pub exit: ExitRequest,
+    /// For uptime.
+    pub timeline: Arc<Timeline>,
+    /// For snapshots, as the rest.
+    pub memory: Arc<GuestMemory>,
+    /// What of it was mapped from a snapshot.
+    pub base: Vec<Extent>,
+    kvm: Kvm,
+    vm: VmFd,
+}
+
+/// Opens /dev/kvm, or takes over the descriptor of it that was inherited, and checks what the monitor cannot do without.
+pub(crate) fn open_kvm(handed_down: Option<RawFd>) -> Result<Kvm> {
+    let fd = match handed_down {
+        Some(fd) => inherited(fd).map_err(Error::os("take over the descriptor of /dev/kvm"))?.into_raw_fd(),
+        None => Kvm::open_with_cloexec(true)
+            .map_err(|source| Error::KvmOpen { reason: open_reason(&source), source })?,
+    };
+    // SAFETY: a descriptor just opened, owned by nobody else; or one that whoever started the monitor says is for this, and
+    // which the version tells from any other.
+    let kvm = unsafe { Kvm::from_raw_fd(fd) };
+    if kvm.get_api_version().unsigned_abs() != KVM_API_VERSION {
+        return Err(Error::KvmLacks("version 12 of its interface: is that descriptor one of /dev/kvm?"));
+    }
+    let needed = [
+        (Cap::Irqchip, "an interrupt controller (KVM_CAP_IRQCHIP)"),
+        (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
+        (Cap::Irqfd, "KVM_CAP_IRQFD"),
+        (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+        (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+    ];
+    match needed.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
+        Some((_, name)) => Err(Error::KvmLacks(name)),
+        None => Ok(kvm),
+    }
+}
+
+/// Why /dev/kvm could not be opened, and what to do about it.
+fn open_reason(error: &kvm_ioctls::Error) -> &'static str {
+    match error.errno() {
+        libc::ENOENT => {
+            "it does not exist. Load the module kvm_intel or kvm_amd, and enable virtualisation in the firmware \
+             (or nested virtualisation, if this is itself a virtual machine)"
+        }
+        libc::EACCES | libc::EPERM => {
+            "you are not permitted to. Join the group kvm (sudo usermod -aG kvm $USER, then log in again)"
+        }
+        libc::ENODEV | libc::ENXIO => {
+            "the processor offers no virtualisation. Enable it in the firmware, or nested virtualisation if this is \
+             itself a virtual machine"
+        }
+        _ => "it exists, but does not open",
+    }
+}
+
+/// PIC, IOAPIC and local APICs, in the kernel. After guest memory: see [`memory::register`].
+fn create_interrupt_controller(vm: &VmFd) -> Result<()> {
+    vm.set_identity_map_address(layout::KVM_IDENTITY_MAP).map_err(Error::kvm("place its identity map"))?;
+    vm.set_tss_address(layout::KVM_TSS as usize).map_err(Error::kvm("place its task segment"))?;
+    vm.create_irq_chip().map_err(Error::kvm("create an interrupt controller"))
+}
+
+fn create_vcpus(kvm: &Kvm, vm: &VmFd, features: &CpuId, count: u8, entry: u64) -> Result<Vec<Identified>> {
+    (0..count)
+        .map(|id| {
+            let vcpu = vm.create_vcpu(u64::from(id)).map_err(Error::kvm("create a vCPU"))?;
+            let identity = cpuid::set(kvm, &vcpu, features, id, count)?;
+            regs::set_msrs(&vcpu)?;
+            regs::set_xcr0(&vcpu, cpuid::extended_states(features));
+            // The others wait until the guest starts them.
+            if id == 0 {
+                regs::set_boot_registers(&vcpu, entry)?;
+            }
+            Ok((vcpu, identity))
+        })
+        .collect()
+}
+
+fn kernel_cmdline(boot: &BootConfig) -> Result<Cmdline> {
+    let too_long = |_| Error::CmdlineTooLong { length: boot.cmdline.len(), limit: layout::CMDLINE_MAX - 1 };
+    let mut cmdline = Cmdline::new(layout::CMDLINE_MAX).map_err(too_long)?;
+    cmdline.insert_str(&boot.cmdline).map_err(too_long)?;
+    Ok(cmdline)
+}

@@ -1,0 +1,98 @@
+//! Takes snapshots of a running machine, and tells whether one can go on here.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+
+use kvm_bindings::CpuId;
+use serde::{Deserialize, Serialize};
+
+use super::Running;
+use crate::arch::state::{VmState, msr_indices};
+use crate::config::MachineConfig;
+use crate::error::{Error, Result};
+use crate::snapshot::{self, Identity, Opened, Snapshot};
+use crate::timeline::now_ns;
+
+/// What a snapshot cost.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Taken {
+    /// How long the guest stood still, in nanoseconds; 0 when it did before.
+    pub pause_ns: u64,
+    /// Bytes of memory that were not zero.
+    pub memory_bytes: u64,
+}
+
+impl Running {
+    /// Saves the machine to `directory`. The guest stands still meanwhile, and goes on if it ran before.
+    ///
+    /// # Errors
+    /// When a device cannot be saved, a vCPU does not stop, or the directory cannot be written. The machine goes on, and
+    /// nothing is left.
+    pub fn save(&self, directory: &Path) -> Result<Taken> {
+        if !directory.is_absolute() {
+            return Err(Error::Config(format!("the snapshot's directory {directory:?} is no absolute path")));
+        }
+        let stood = self.vcpus.paused();
+        let start = now_ns();
+        let written = if self.vcpus.pause() {
+            self.write(directory)
+        } else {
+            Err(Error::Unsaveable("a vCPU does not stop".to_owned()))
+        };
+        if !stood {
+            self.vcpus.resume();
+        }
+        let pause_ns = if stood { 0 } else { now_ns().saturating_sub(start) };
+        Ok(Taken { pause_ns, memory_bytes: written? })
+    }
+
+    fn write(&self, directory: &Path) -> Result<u64> {
+        let config = serde_json::to_string(&self.config).map_err(Error::os("encode the configuration"))?;
+        let snapshot = Snapshot {
+            identity: identity()?,
+            config,
+            memory_bytes: self.config.machine.memory_bytes(),
+            extents: Vec::new(),
+            devices: self.devices.save()?,
+            vcpus: self.vcpus.save(&msr_indices(&self.kvm)?)?,
+            // After the vCPUs, whose pending interrupts are settled by being asked.
+            vm: VmState::save(&self.vm)?,
+        };
+        snapshot::write(directory, snapshot, &self.memory, &self.base)
+    }
+}
+
+fn identity() -> Result<Identity> {
+    let mut identity = Identity::default();
+    File::open("/dev/urandom")
+        .and_then(|mut random| random.read_exact(&mut identity))
+        .map_err(Error::os("read /dev/urandom"))?;
+    Ok(identity)
+}
+
+impl Opened {
+    /// Whether a machine of this shape can go on from the snapshot on a host whose KVM supports these features.
+    ///
+    /// # Errors
+    /// What does not fit.
+    pub fn fits(&self, machine: &MachineConfig, supported: &CpuId) -> Result<()> {
+        let bad = |why| Err(Error::Snapshot { directory: self.directory.clone(), why });
+        let Snapshot { vcpus, memory_bytes, .. } = &self.snapshot;
+        if vcpus.len() != usize::from(machine.vcpus) || *memory_bytes != machine.memory_bytes() {
+            return bad(format!(
+                "it is of a machine with {} vCPUs and {} MiB, the configuration says {} and {} MiB",
+                vcpus.len(),
+                memory_bytes >> 20,
+                machine.vcpus,
+                machine.memory_mib
+            ));
+        }
+        let missing =
+            vcpus.first().map_or_else(Vec::new, |vcpu| vcpu.features_missing_from(supported.as_slice()));
+        if missing.is_empty() {
+            return Ok(());
+        }
+        bad(format!("its guest uses what this host's processor or KVM does not have: {}", missing.join(", ")))
+    }
+}

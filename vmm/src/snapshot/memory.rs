@@ -1,0 +1,392 @@
+//! The memory of a snapshot: one file as long as guest memory and a page, in which only what is not zero takes space.
+//!
+//! The ranges of guest memory follow each other in it. The last page says which snapshot it belongs to. A machine that goes on
+//! from it maps what it holds privately: nothing is read or copied that the guest does not touch, and all such machines share
+//! the host's page cache.
+
+use std::fs::File;
+use std::io::{self, ErrorKind};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+
+use serde::{Deserialize, Serialize};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+
+use super::{Identity, Snapshot};
+use crate::arch::layout::{self, PAGE};
+use crate::memory::GuestMemory;
+use crate::memory::place::{Placement, Way, place};
+
+const MAGIC: [u8; 8] = *b"BLKHMEM\0";
+/// Zero pages between two others that are written out rather than left out: each piece is a mapping of its own later.
+const GAP: u64 = 16 * PAGE;
+/// Most pieces; a process can have 65,530 mappings. With more, larger gaps are written out.
+const MAX_EXTENTS: usize = 8192;
+/// Entries of /proc/self/pagemap read at once.
+const ENTRIES: usize = 8192;
+/// Bits of such an entry: in memory, or swapped out.
+const PRESENT: u64 = 1 << 63;
+const SWAPPED: u64 = 1 << 62;
+
+/// A piece of memory, by its place in the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Extent {
+    /// First byte, a multiple of the page size.
+    pub offset: u64,
+    /// Bytes, likewise.
+    pub length: u64,
+}
+
+impl Extent {
+    fn end(self) -> u64 {
+        self.offset.saturating_add(self.length)
+    }
+}
+
+/// Checks that the pieces of memory lie in memory, in order, none across two ranges.
+///
+/// # Errors
+/// What is wrong.
+pub fn check(snapshot: &Snapshot) -> Result<(), String> {
+    let bytes = snapshot.memory_bytes;
+    if bytes == 0 || !bytes.is_multiple_of(1 << 20) || bytes >> 20 > layout::MAX_MEMORY_MIB {
+        return Err(format!("its memory of {bytes} bytes is none that a machine can have"));
+    }
+    let ranges = places(bytes);
+    let mut end = 0;
+    for extent in &snapshot.extents {
+        let aligned = extent.offset.is_multiple_of(PAGE) && extent.length.is_multiple_of(PAGE);
+        let inside = |(start, length): &(u64, u64)| extent.offset >= *start && extent.end() <= start + length;
+        if !aligned || extent.length == 0 || extent.offset < end || !ranges.iter().any(inside) {
+            return Err("its pieces of memory do not lie in memory".to_owned());
+        }
+        end = extent.end();
+    }
+    if snapshot.extents.len() > MAX_EXTENTS {
+        Err("it has too many pieces of memory".to_owned())
+    } else {
+        Ok(())
+    }
+}
+
+/// Checks that `file` is the memory of `snapshot`.
+///
+/// # Errors
+/// What is wrong.
+pub fn check_file(file: &File, snapshot: &Snapshot) -> Result<(), String> {
+    let wanted = snapshot.memory_bytes + PAGE;
+    let found = file.metadata().map_err(|error| format!("its memory cannot be looked at: {error}"))?.len();
+    if found != wanted {
+        return Err(format!(
+            "its memory is {found} bytes long instead of {wanted}: it was cut off or written over"
+        ));
+    }
+    let mut trailer = [0; 24];
+    file.read_exact_at(&mut trailer, snapshot.memory_bytes)
+        .map_err(|error| format!("its memory cannot be read: {error}"))?;
+    if trailer != trailer_of(&snapshot.identity) {
+        return Err("its memory is not the one that was saved with its state".to_owned());
+    }
+    Ok(())
+}
+
+fn trailer_of(identity: &Identity) -> [u8; 24] {
+    let mut trailer = [0; 24];
+    for (to, from) in trailer.iter_mut().zip(MAGIC.iter().chain(identity)) {
+        *to = *from;
+    }
+    trailer
+}
+
+/// Where each range of `bytes` of guest memory is in the file: (offset, length).
+fn places(bytes: u64) -> Vec<(u64, u64)> {
+    let mut offset = 0;
+    layout::memory_ranges(bytes)
+        .into_iter()
+        .map(|(_, length)| {
+            let place = (offset, length);
+            offset += length;
+            place
+        })
+        .collect()
+}
+
+/// Gives `guest`, which is new, what `file` holds of it.
+///
+/// # Errors
+/// When the file cannot be mapped, or read where memory is shared with other processes.
+pub fn fill(guest: &GuestMemory, file: &File, extents: &[Extent]) -> io::Result<()> {
+    let mut place_in_file = 0;
+    let mut rest = extents;
+    for region in guest.iter() {
+        let end = place_in_file + region.len();
+        while let Some((extent, others)) = rest.split_first().filter(|(extent, _)| extent.offset < end) {
+            let address = region.start_addr().0 + (extent.offset - place_in_file);
+            let part = Placement { offset: extent.offset, length: extent.length, address };
+            place(guest, file, part, Way::Map)?;
+            rest = others;
+        }
+        place_in_file = end;
+    }
+    Ok(())
+}
+
+/// Writes what of `guest` is not zero into `file`, and tells what that was. `base`: what of it was mapped from a file and may
+/// have been touched by nobody. The guest must stand still.
+///
+/// # Errors
+/// When the file cannot be written.
+pub fn write(
+    guest: &GuestMemory,
+    base: &[Extent],
+    file: &File,
+    identity: &Identity,
+) -> io::Result<Vec<Extent>> {
+    let mut extents = Vec::new();
+    let mut offset = 0;
+    for region in guest.iter() {
+        let length = region.len();
+        // SAFETY: the region is mapped for good, and neither the guest nor a device writes to it meanwhile: processors stand
+        // still and devices work in this thread.
+        let bytes = unsafe { std::slice::from_raw_parts(region.as_ptr(), length as usize) };
+        let candidates = match region.file_offset() {
+            Some(shared) => data_of(shared.file(), length)?,
+            None => touched(bytes, base, offset)?,
+        };
+        for piece in pieces(bytes, &candidates) {
+            extents.push(Extent { offset: offset + piece.offset, length: piece.length });
+        }
+        offset += length;
+    }
+    merge(&mut extents, &places(offset));
+    let mut start = 0;
+    for (region, (place, length)) in guest.iter().zip(places(offset)) {
+        // SAFETY: as above.
+        let bytes = unsafe { std::slice::from_raw_parts(region.as_ptr(), length as usize) };
+        while let Some(extent) = extents.get(start).filter(|extent| extent.offset < place + length) {
+            let from = (extent.offset - place) as usize;
+            let piece = bytes.get(from..from + extent.length as usize).unwrap_or_default();
+            file.write_all_at(piece, extent.offset)?;
+            start += 1;
+        }
+    }
+    file.set_len(offset + PAGE)?;
+    file.write_all_at(&trailer_of(identity), offset)?;
+    Ok(extents)
+}
+
+/// What of `bytes`, private memory at `place`, can be anything but zeros: pages that the process has, and `base`.
+fn touched(bytes: &[u8], base: &[Extent], place: u64) -> io::Result<Vec<Extent>> {
+    let pagemap = File::open("/proc/self/pagemap")?;
+    let first = bytes.as_ptr() as u64 / PAGE;
+    let pages = bytes.len() as u64 / PAGE;
+    let mut found = Vec::new();
+    let mut buffer = vec![0; ENTRIES * 8];
+    let mut page = 0;
+    while page < pages {
+        let count = ENTRIES.min((pages - page) as usize);
+        let entries = buffer.get_mut(..count * 8).unwrap_or_default();
+        pagemap.read_exact_at(entries, (first + page) * 8)?;
+        for (entry, number) in entries.chunks_exact(8).zip(page..) {
+            let entry = <[u8; 8]>::try_from(entry).map_or(0, u64::from_ne_bytes);
+            if entry & (PRESENT | SWAPPED) != 0 {
+                found.push(Extent { offset: number * PAGE, length: PAGE });
+            }
+        }
+        page += count as u64;
+    }
+    let length = bytes.len() as u64;
+    let here = base.iter().filter(|extent| extent.offset >= place && extent.end() <= place + length);
+    found.extend(here.map(|extent| Extent { offset: extent.offset - place, ..*extent }));
+    found.sort_by_key(|extent| extent.offset);
+    Ok(found)
+}
+
+/// What of a memory file of `length` bytes is there.
+fn data_of(file: &File, length: u64) -> io::Result<Vec<Extent>> {
+    let seek = |from: u64, whence| {
+        let from = libc::off_t::try_from(from).map_err(io::Error::other)?;
+        // SAFETY: takes no pointers. Nobody else uses the file's position.
+        let at = unsafe { libc::lseek(file.as_raw_fd(), from, whence) };
+        u64::try_from(at).map_err(|_| io::Error::last_os_error())
+    };
+    let mut found = Vec::new();
+    let mut position = 0;
+    while position < length {
+        let start = match seek(position, libc::SEEK_DATA) {
+            Ok(start) => start / PAGE * PAGE,
+            // No data after this.
+            Err(error) if error.raw_os_error() == Some(libc::ENXIO) => break,
+            Err(error) => return Err(error),
+        };
+        let end = seek(start, libc::SEEK_HOLE)?.next_multiple_of(PAGE).min(length);
+        if end <= start {
+            return Err(io::Error::new(
+                ErrorKind::InvalidData,
+                "the memory file's holes are not where they were",
+            ));
+        }
+        found.push(Extent { offset: start, length: end - start });
+        position = end;
+    }
+    Ok(found)
+}
+
+/// The runs of pages among `candidates` (sorted, perhaps overlapping) that are not zero, small gaps included.
+fn pieces(bytes: &[u8], candidates: &[Extent]) -> Vec<Extent> {
+    let mut pieces: Vec<Extent> = Vec::new();
+    let mut next = 0;
+    for candidate in candidates {
+        let mut page = candidate.offset.max(next);
+        while page < candidate.end() {
+            if !is_zero(bytes, page) {
+                match pieces.last_mut() {
+                    Some(last) if page - last.end() <= GAP => last.length = page + PAGE - last.offset,
+                    _ => pieces.push(Extent { offset: page, length: PAGE }),
+                }
+            }
+            page += PAGE;
+        }
+        next = next.max(candidate.end());
+    }
+    pieces
+}
+
+fn is_zero(bytes: &[u8], page: u64) -> bool {
+    let start = page as usize;
+    let page = bytes.get(start..start + PAGE as usize).unwrap_or_default();
+    // SAFETY: any eight bytes are a number.
+    let (head, words, tail) = unsafe { page.align_to::<u64>() };
+    head.iter().chain(tail).all(|byte| *byte == 0) && words.iter().all(|word| *word == 0)
+}
+
+/// Makes `extents` few enough by closing the smallest gaps, never across two ranges.
+fn merge(extents: &mut Vec<Extent>, ranges: &[(u64, u64)]) {
+    let mut gap = GAP;
+    while extents.len() > MAX_EXTENTS {
+        gap *= 2;
+        let mut merged: Vec<Extent> = Vec::with_capacity(MAX_EXTENTS);
+        for extent in extents.iter() {
+            let range = |offset| ranges.iter().rposition(|(start, _)| *start <= offset);
+            match merged.last_mut() {
+                Some(last)
+                    if range(last.offset) == range(extent.offset) && extent.offset - last.end() <= gap =>
+                {
+                    last.length = extent.end() - last.offset;
+                }
+                _ => merged.push(*extent),
+            }
+        }
+        *extents = merged;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::{Backing, create};
+    use proptest::prelude::*;
+    use vm_memory::{Bytes, GuestAddress};
+
+    const IDENTITY: Identity = *b"0123456789abcdef";
+
+    fn addresses() -> impl Strategy<Value = Vec<(u64, u8)>> {
+        let top = (3 << 30) + (2 << 20);
+        let offset = prop_oneof![0_u64..4 << 20, (3_u64 << 30) - (1 << 20)..top, 0..top];
+        proptest::collection::vec((offset, any::<u8>()), 0..30)
+    }
+
+    fn address(offset: u64) -> GuestAddress {
+        if offset < layout::HOLE_START { GuestAddress(offset) } else { GuestAddress(offset + (1 << 30)) }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(16))]
+        #[test]
+        fn memory_comes_back_and_again(writes in addresses(), later in addresses()) {
+            let bytes = (3 << 30) + (2 << 20);
+            for (first, second) in [
+                (Backing::Private, Backing::Private),
+                (Backing::Private, Backing::Shared),
+                (Backing::Shared, Backing::Private),
+            ] {
+                let guest = create(bytes, first).unwrap();
+                for (offset, value) in &writes {
+                    guest.write_obj(*value, address(*offset)).unwrap();
+                }
+                let file = tempfile::tempfile().unwrap();
+                let extents = write(&guest, &[], &file, &IDENTITY).unwrap();
+                prop_assert_eq!(file.metadata().unwrap().len(), bytes + PAGE);
+
+                // Of what goes on from it, a snapshot again: what nobody touched since must be in it too.
+                let copy = create(bytes, second).unwrap();
+                fill(&copy, &file, &extents).unwrap();
+                for (offset, value) in &later {
+                    copy.write_obj(*value, address(*offset)).unwrap();
+                }
+                let again = tempfile::tempfile().unwrap();
+                let extents = write(&copy, &extents, &again, &IDENTITY).unwrap();
+                let last = create(bytes, Backing::Private).unwrap();
+                fill(&last, &again, &extents).unwrap();
+                let mut model = std::collections::BTreeMap::new();
+                model.extend(writes.iter().chain(&later).copied());
+                for (offset, value) in model {
+                    prop_assert_eq!(last.read_obj::<u8>(address(offset)).unwrap(), value);
+                }
+                // And only what was not zero, or close to it, takes space.
+                let kept: u64 = extents.iter().map(|extent| extent.length).sum();
+                prop_assert!(kept <= (writes.len() + later.len()) as u64 * (GAP + PAGE), "{kept}");
+            }
+        }
+
+        #[test]
+        fn few_pieces_remain_and_all_are_in_them(count in MAX_EXTENTS..3 * MAX_EXTENTS, step in 17_u64..40) {
+            let ranges = places((8 << 30) as u64);
+            let all: Vec<_> = (0..count as u64)
+                .map(|i| Extent { offset: i * step * PAGE, length: PAGE })
+                .collect();
+            let mut merged = all.clone();
+            merge(&mut merged, &ranges);
+            prop_assert!(merged.len() <= MAX_EXTENTS);
+            for extent in &all {
+                prop_assert!(merged.iter().any(|m| m.offset <= extent.offset && extent.end() <= m.end()));
+            }
+            for extent in &merged {
+                prop_assert!(extent.offset >= 3 << 30 || extent.end() <= 3 << 30);
+            }
+        }
+    }
+
+    #[test]
+    fn a_file_of_another_snapshot_or_length_is_refused() {
+        let guest = create(1 << 20, Backing::Private).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        let extents = write(&guest, &[], &file, &IDENTITY).unwrap();
+        assert_eq!(extents, []);
+        let mut snapshot = crate::snapshot::tests::snapshot(1 << 20, extents);
+        assert!(check_file(&file, &snapshot).unwrap_err().contains("not the one"));
+        snapshot.identity = IDENTITY;
+        assert_eq!(check_file(&file, &snapshot), Ok(()));
+        file.set_len(1 << 20).unwrap();
+        assert!(check_file(&file, &snapshot).unwrap_err().contains("cut off"));
+    }
+
+    #[test]
+    fn pieces_that_do_not_lie_in_memory_are_refused() {
+        let extent = |offset, length| vec![Extent { offset, length }];
+        for (bad, extents) in [
+            (false, extent(0, PAGE)),
+            (false, extent((1 << 20) - PAGE, PAGE)),
+            (true, extent(0, 0)),
+            (true, extent(1, PAGE)),
+            (true, extent(0, 100)),
+            (true, extent(1 << 20, PAGE)),
+            (true, extent(u64::MAX - PAGE + 1, PAGE)),
+            (true, [extent(0, 2 * PAGE), extent(PAGE, PAGE)].concat()),
+        ] {
+            let result = check(&crate::snapshot::tests::snapshot(1 << 20, extents.clone()));
+            assert_eq!(result.is_err(), bad, "{extents:?}");
+        }
+        assert!(check(&crate::snapshot::tests::snapshot(100, Vec::new())).is_err());
+    }
+}

@@ -1,0 +1,193 @@
+//! Snapshots: a machine that stood still for a moment, as a directory from which any number of machines go on.
+//!
+//! | file | what |
+//! |---|---|
+//! | `state` | everything but memory: see [`Snapshot`] and, for its form, [`file`] |
+//! | `memory` | the guest's memory, see [`memory`] |
+//!
+//! The directory appears under its name when it is complete, never before. docs/snapshots.md says what is compatible with
+//! what.
+
+pub mod file;
+pub mod memory;
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::arch::state::{VcpuState, VmState};
+use crate::devices::virtio::mmio::TransportState;
+use crate::error::{Error, Result};
+use crate::memory::GuestMemory;
+pub use memory::Extent;
+
+/// Name of the file with everything but memory.
+pub const STATE: &str = "state";
+/// Name of the file with memory.
+pub const MEMORY: &str = "memory";
+/// What is appended to a snapshot's name while it is written.
+pub const PARTIAL: &str = ".partial";
+
+/// Says which memory belongs to which state.
+pub type Identity = [u8; 16];
+
+/// Everything but the content of memory.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// The memory file has it too.
+    pub identity: Identity,
+    /// The configuration of the machine it was taken of, as JSON.
+    pub config: String,
+    /// Size of guest memory in bytes.
+    pub memory_bytes: u64,
+    /// Where in it anything but zeros is.
+    pub extents: Vec<Extent>,
+    /// What the processors share.
+    pub vm: VmState,
+    /// The processors.
+    pub vcpus: Vec<VcpuState>,
+    /// The virtio devices, in the order of their windows.
+    pub devices: Vec<TransportState>,
+}
+
+/// A snapshot opened to be restored.
+#[derive(Debug)]
+pub struct Opened {
+    /// Where it is.
+    pub directory: PathBuf,
+    /// Its state, read whole and found undamaged.
+    pub snapshot: Snapshot,
+    /// Its memory, found to belong to it and to be of the right length.
+    pub memory: File,
+}
+
+impl Opened {
+    /// Opens and checks the snapshot in `directory`.
+    ///
+    /// # Errors
+    /// When a file is missing, damaged, of another version, or not of this snapshot.
+    pub fn open(directory: &Path) -> Result<Self> {
+        let bad = |why: String| Error::Snapshot { directory: directory.to_owned(), why };
+        let path = directory.join(STATE);
+        let bytes = file::read(&path).map_err(|source| missing("state of the snapshot", path, source))?;
+        let snapshot: Snapshot = file::decode(&bytes).map_err(|error| bad(error.to_string()))?;
+        memory::check(&snapshot).map_err(bad)?;
+        let path = directory.join(MEMORY);
+        let memory = File::open(&path).map_err(|source| missing("memory of the snapshot", path, source))?;
+        memory::check_file(&memory, &snapshot).map_err(bad)?;
+        Ok(Self { directory: directory.to_owned(), snapshot, memory })
+    }
+}
+
+fn missing(what: &'static str, path: PathBuf, source: io::Error) -> Error {
+    Error::Input { what, path, source }
+}
+
+/// Writes a snapshot to `directory`, which must not exist. `snapshot` has everything but extents; `base` is what of memory
+/// was mapped from an earlier snapshot. Answers how many bytes of memory it holds.
+///
+/// # Errors
+/// When it cannot be written; nothing is left then.
+pub fn write(directory: &Path, snapshot: Snapshot, guest: &GuestMemory, base: &[Extent]) -> Result<u64> {
+    let refused = |why: &str| Error::Snapshot { directory: directory.to_owned(), why: why.to_owned() };
+    if directory.exists() {
+        return Err(refused("it exists already; remove it first, or give another name"));
+    }
+    let mut partial = directory.as_os_str().to_owned();
+    partial.push(PARTIAL);
+    let partial = PathBuf::from(partial);
+    // One that was killed half-way left it.
+    let _ = fs::remove_dir_all(&partial);
+    let failed =
+        |source| Error::Input { what: "directory for the snapshot", path: directory.to_owned(), source };
+    fs::DirBuilder::new().create(&partial).map_err(failed)?;
+    let written = write_files(&partial, snapshot, guest, base).and_then(|bytes| {
+        fs::rename(&partial, directory)?;
+        Ok(bytes)
+    });
+    written.map_err(|source| {
+        let _ = fs::remove_dir_all(&partial);
+        failed(source)
+    })
+}
+
+fn write_files(
+    directory: &Path,
+    mut snapshot: Snapshot,
+    guest: &GuestMemory,
+    base: &[Extent],
+) -> io::Result<u64> {
+    let file = File::create_new(directory.join(MEMORY))?;
+    snapshot.extents = memory::write(guest, base, &file, &snapshot.identity)?;
+    let bytes = snapshot.extents.iter().map(|extent| extent.length).sum();
+    fs::write(directory.join(STATE), file::encode(&snapshot)?)?;
+    Ok(bytes)
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::memory::{Backing, create};
+
+    pub(crate) fn snapshot(memory_bytes: u64, extents: Vec<Extent>) -> Snapshot {
+        Snapshot {
+            identity: [7; 16],
+            config: "{}".into(),
+            memory_bytes,
+            extents,
+            vm: VmState::default(),
+            vcpus: Vec::new(),
+            devices: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn what_is_there_is_not_written_over_and_a_failure_leaves_nothing() {
+        let place = tempfile::tempdir().unwrap();
+        let guest = create(1 << 20, Backing::Private).unwrap();
+        let directory = place.path().join("one");
+        write(&directory, snapshot(1 << 20, Vec::new()), &guest, &[]).unwrap();
+        assert_eq!(Opened::open(&directory).unwrap().snapshot.memory_bytes, 1 << 20);
+        let error = write(&directory, snapshot(1 << 20, Vec::new()), &guest, &[]).unwrap_err();
+        assert!(error.to_string().contains("exists already"), "{error}");
+
+        let nowhere = place.path().join("no/such/place");
+        assert!(write(&nowhere, snapshot(1 << 20, Vec::new()), &guest, &[]).is_err());
+        let left: Vec<_> =
+            fs::read_dir(place.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(left, ["one"]);
+    }
+
+    #[test]
+    fn each_missing_or_wrong_file_is_named() {
+        let place = tempfile::tempdir().unwrap();
+        let guest = create(1 << 20, Backing::Private).unwrap();
+        let good = place.path().join("good");
+        let make = |directory: &Path| write(directory, snapshot(1 << 20, Vec::new()), &guest, &[]).unwrap();
+        make(&good);
+        let why = |directory: &Path| {
+            let error = Opened::open(directory).unwrap_err();
+            assert_eq!(error.exit_status(), crate::error::STATUS_NO_INPUT);
+            error.to_string()
+        };
+        for (name, damage, word) in [
+            ("a", (|at: &Path| fs::remove_file(at.join(STATE)).unwrap()) as fn(&Path), "state"),
+            ("b", |at| fs::remove_file(at.join(MEMORY)).unwrap(), "memory"),
+            ("c", |at| fs::write(at.join(STATE), "something else").unwrap(), "no state"),
+            ("d", |at| fs::write(at.join(MEMORY), "short").unwrap(), "cut off"),
+            (
+                "e",
+                |at| File::options().append(true).open(at.join(STATE)).unwrap().set_len(30).unwrap(),
+                "bytes long",
+            ),
+        ] {
+            let directory = place.path().join(name);
+            make(&directory);
+            damage(&directory);
+            assert!(why(&directory).contains(word), "{name}: {}", why(&directory));
+        }
+        Opened::open(&good).unwrap();
+    }
+}
