@@ -148,6 +148,9 @@ pub struct RunArgs {
     /// Name server, instead of the host's.
     #[arg(long, value_name = "ADDRESS")]
     pub dns: Vec<IpAddr>,
+    /// Boot the microVM, rather than start from one that has booted.
+    #[arg(long)]
+    pub no_template: bool,
     /// Image: a name, an id, or the beginning of an id.
     pub image: String,
     /// Command and arguments instead of the image's.

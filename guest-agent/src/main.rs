@@ -9,6 +9,7 @@ mod archive;
 mod boot;
 mod bpf;
 mod container;
+mod disk;
 mod error;
 mod hw;
 mod names;

@@ -25,19 +25,19 @@ pub fn configure(network: &Network) -> Result<()> {
     }
     let mut socket = Socket::open().context(|| "open a netlink socket")?;
     let indices = rename(&mut socket, &network.interfaces)?;
-    for (interface, index) in network.interfaces.iter().zip(indices) {
-        set_up(&mut socket, interface, index)
+    for (interface, (index, mac)) in network.interfaces.iter().zip(indices) {
+        set_up(&mut socket, interface, index, mac)
             .context(|| format!("configure network interface {}", interface.name))?;
     }
     Ok(())
 }
 
-/// Finds each interface by its address and gives it its name; tells their numbers.
-fn rename(socket: &mut Socket, interfaces: &[NetworkInterface]) -> Result<Vec<u32>> {
+/// Finds each interface and gives it its name; tells their numbers, and the addresses they have.
+fn rename(socket: &mut Socket, interfaces: &[NetworkInterface]) -> Result<Vec<(u32, Option<Mac>)>> {
     let links = socket.links().context(|| "list network interfaces")?;
     let mut found = Vec::with_capacity(interfaces.len());
-    for interface in interfaces {
-        found.push(find(&links, interface)?);
+    for (position, interface) in interfaces.iter().enumerate() {
+        found.push(find(&links, interface, position)?);
     }
     // Names can be in use by one another: all that change give theirs up first.
     let changed: Vec<_> =
@@ -53,21 +53,28 @@ fn rename(socket: &mut Socket, interfaces: &[NetworkInterface]) -> Result<Vec<u3
             .change_link(link.index, &change)
             .context(|| format!("rename {} to {}", link.name, interface.name))?;
     }
-    Ok(found.iter().map(|link| link.index).collect())
+    Ok(found.iter().map(|link| (link.index, link.mac)).collect())
 }
 
-fn find<'a>(links: &'a [Link], interface: &NetworkInterface) -> Result<&'a Link> {
+/// By its address. A guest that went on from a template found its interfaces when they had none yet: then by their order,
+/// which is the monitor's.
+fn find<'a>(links: &'a [Link], interface: &NetworkInterface, position: usize) -> Result<&'a Link> {
     let mac = mac(&interface.mac)?;
-    links.iter().find(|link| link.mac == Some(mac) && !link.is_loopback()).ok_or_else(|| {
+    let real = || links.iter().filter(|link| link.mac.is_some() && !link.is_loopback());
+    real().find(|link| link.mac == Some(mac)).or_else(|| real().nth(position)).ok_or_else(|| {
         Error::not_found(format!("there is no network interface with address {mac} for {}", interface.name))
     })
 }
 
-fn set_up(socket: &mut Socket, interface: &NetworkInterface, link: u32) -> Result<()> {
+fn set_up(socket: &mut Socket, interface: &NetworkInterface, link: u32, has: Option<Mac>) -> Result<()> {
     let no_arp = if interface.no_arp { libc::IFF_NOARP as u32 } else { 0 };
     let mtu = (interface.mtu != 0).then_some(interface.mtu);
-    let change = Change { mtu, no_generated_addresses: true, set_flags: no_arp, ..Change::default() };
-    socket.change_link(link, &change).context(|| format!("set its MTU to {}", interface.mtu))?;
+    let wanted = mac(&interface.mac)?;
+    let mac = (has != Some(wanted)).then_some(wanted);
+    let change = Change { mtu, mac, no_generated_addresses: true, set_flags: no_arp, ..Change::default() };
+    socket
+        .change_link(link, &change)
+        .context(|| format!("set its address and its MTU, which is to be {}", interface.mtu))?;
     socket
         .change_link(link, &Change { set_flags: libc::IFF_UP as u32, ..Change::default() })
         .context(|| "bring it up")?;
@@ -92,7 +99,7 @@ fn set_up(socket: &mut Socket, interface: &NetworkInterface, link: u32) -> Resul
         let neighbour = Neighbour {
             link,
             address: address(&neighbour.address)?,
-            mac: mac(&neighbour.mac)?,
+            mac: self::mac(&neighbour.mac)?,
             state: libc::NUD_PERMANENT,
         };
         socket.add_neighbour(&neighbour).context(|| format!("add neighbour {}", neighbour.address))?;
@@ -179,7 +186,7 @@ mod tests {
     fn an_interface_that_is_not_there_is_named() {
         let interface =
             NetworkInterface { mac: vec![2, 0, 0, 0, 0, 9], name: "eth7".into(), ..Default::default() };
-        let error = find(&[], &interface).unwrap_err();
+        let error = find(&[], &interface, 0).unwrap_err();
         assert!(error.message.contains("02:00:00:00:00:09") && error.message.contains("eth7"), "{error}");
     }
 }

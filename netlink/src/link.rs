@@ -103,6 +103,8 @@ pub struct Change<'a> {
     pub name: Option<&'a str>,
     /// New MTU.
     pub mtu: Option<u32>,
+    /// New link-layer address.
+    pub mac: Option<Mac>,
     /// Do not make up IPv6 addresses.
     pub no_generated_addresses: bool,
     /// `IFF_…` to set.
@@ -142,6 +144,9 @@ impl Socket {
         }
         if let Some(mtu) = change.mtu {
             request = request.number(IFLA_MTU, mtu);
+        }
+        if let Some(mac) = change.mac {
+            request = request.attribute(IFLA_ADDRESS, &mac.0);
         }
         if change.no_generated_addresses {
             request = request.nested(IFLA_AF_SPEC, |families| {

@@ -28,6 +28,7 @@ mod spec;
 pub mod state;
 pub mod stop;
 pub mod supervise;
+pub mod template;
 pub mod terminal;
 pub mod trace;
 

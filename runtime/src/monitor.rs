@@ -7,13 +7,17 @@ use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::FileType;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde_json::Value;
-use vmm::config::{BootConfig, Config, ConsoleConfig, DiskConfig, MachineConfig, NetworkConfig, VsockConfig};
+use vmm::config::{
+    BootConfig, Config, ConsoleConfig, DiskConfig, EmptyNetwork, MachineConfig, NetworkConfig, VsockConfig,
+};
 
 use crate::network::{self, Network};
 use crate::shares::Server;
 use crate::state::Files;
+use crate::template::Template;
 use crate::{Artefacts, Context, Error, Result, null};
 
 /// What the guest's kernel and agent need beside the container, in MiB.
@@ -81,6 +85,40 @@ impl Links {
         })
         .collect()
     }
+
+    /// What the interfaces are connected to: passt's socket, or taps.
+    pub fn kinds(&self) -> Vec<EmptyNetwork> {
+        let is_socket = |fd: &OwnedFd| {
+            rustix::fs::fstat(fd).is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Socket)
+        };
+        self.fds
+            .iter()
+            .map(|fd| if is_socket(fd) { EmptyNetwork::Stream } else { EmptyNetwork::Tap })
+            .collect()
+    }
+}
+
+/// A machine of this shape, whose devices are still to be added.
+pub(crate) fn outline(artefacts: &Artefacts, files: &Files, shape: &Shape) -> Config {
+    Config {
+        machine: MachineConfig { vcpus: shape.vcpus, memory_mib: shape.memory_mib, kvm_fd: None },
+        boot: Some(BootConfig {
+            kernel: artefacts.kernel.clone(),
+            initramfs: Some(artefacts.initramfs.clone()),
+            cmdline: CMDLINE.into(),
+        }),
+        restore: None,
+        disks: Vec::new(),
+        filesystems: Vec::new(),
+        networks: Vec::new(),
+        vsock: Some(VsockConfig { cid: 3, socket: files.vsock() }),
+        rng: true,
+        console: ConsoleConfig::default(),
+        serial: None,
+        control: Some(files.control()),
+        ready: None,
+        report: Some(files.report()),
+    }
 }
 
 /// A monitor under way.
@@ -89,13 +127,16 @@ pub struct Monitor {
     /// Readable when it has ended.
     pub pidfd: OwnedFd,
     files: Files,
+    /// What it goes on from.
+    template: Option<Template>,
     /// Where the agent calls when it is up.
     pub ready: UnixListener,
     discarded: bool,
 }
 
 impl Monitor {
-    /// Starts the monitor of a sandbox; the guest boots while the caller does other things.
+    /// Starts the monitor of a sandbox; the guest boots while the caller does other things. With a template, which must be
+    /// one of a machine of the same shape and devices, it goes on from there instead.
     pub fn start(
         artefacts: &Artefacts,
         files: &Files,
@@ -103,31 +144,41 @@ impl Monitor {
         disks: Vec<DiskConfig>,
         shares: Option<&mut Server>,
         links: &Links,
+        template: Option<&Template>,
     ) -> Result<Self> {
-        let config = Config {
-            machine: MachineConfig {
-                vcpus: shape.vcpus,
-                memory_mib: shape.memory_mib,
-                kvm_fd: links.kvm.as_ref().map(AsRawFd::as_raw_fd),
-            },
-            boot: Some(BootConfig {
-                kernel: artefacts.kernel.clone(),
-                initramfs: Some(artefacts.initramfs.clone()),
-                cmdline: CMDLINE.into(),
-            }),
-            restore: None,
-            disks,
-            filesystems: shares.iter().filter_map(|server| server.filesystem()).collect(),
-            networks: links.configs(),
-            vsock: Some(VsockConfig { cid: 3, socket: files.vsock() }),
-            rng: true,
-            console: ConsoleConfig::default(),
-            serial: None,
-            control: Some(files.control()),
-            report: Some(files.report()),
-        };
+        let mut config = outline(artefacts, files, shape);
+        config.machine.kvm_fd = links.kvm.as_ref().map(AsRawFd::as_raw_fd);
+        config.disks = disks;
+        config.filesystems = shares.iter().filter_map(|server| server.filesystem()).collect();
+        config.networks = links.configs();
+        if let Some(template) = template {
+            config.boot = None;
+            config.restore = Some(template.directory.clone());
+            config.ready = Some(files.ready());
+        }
+        let inherited = links.fds.iter().chain(&links.kvm).map(AsRawFd::as_raw_fd).collect();
+        let mut monitor = Self::spawn(artefacts, files, &config, |command| {
+            if let Some(server) = &shares {
+                server.hand_over(command);
+            }
+            network::inherit(command, inherited);
+        })?;
+        if let Some(server) = shares {
+            server.handed_over();
+        }
+        monitor.template = template.cloned();
+        Ok(monitor)
+    }
+
+    /// Starts a monitor with this configuration. `prepare` sees to what it inherits.
+    pub(crate) fn spawn(
+        artefacts: &Artefacts,
+        files: &Files,
+        config: &Config,
+        prepare: impl FnOnce(&mut Command),
+    ) -> Result<Self> {
         let path = files.monitor_config();
-        let text = serde_json::to_vec_pretty(&config)
+        let text = serde_json::to_vec_pretty(config)
             .context(|| "cannot encode the monitor's configuration".into())?;
         fs::write(&path, text).context(|| format!("cannot write {}", path.display()))?;
         let ready = UnixListener::bind(files.ready())
@@ -144,17 +195,11 @@ impl Monitor {
             .stdin(null::stdio().context(what)?)
             .stdout(log.try_clone().context(what)?)
             .stderr(log);
-        if let Some(server) = &shares {
-            server.hand_over(&mut command);
-        }
-        network::inherit(&mut command, links.fds.iter().chain(&links.kvm).map(AsRawFd::as_raw_fd).collect());
+        prepare(&mut command);
         let child = command.spawn().context(what)?;
-        if let Some(server) = shares {
-            server.handed_over();
-        }
         let pid = Pid::from_child(&child);
         let pidfd = pidfd_open(pid, PidfdFlags::empty()).context(what)?;
-        Ok(Self { child, pidfd, files: files.clone(), ready, discarded: false })
+        Ok(Self { child, pidfd, files: files.clone(), template: None, ready, discarded: false })
     }
 
     /// Its process id.
@@ -193,7 +238,14 @@ impl Monitor {
                 return Ok(());
             }
             if ended {
-                return Err(Error::Monitor(self.last_words("the microVM ended before its agent was up")));
+                let Some(template) = self.template.take() else {
+                    return Err(Error::Monitor(self.last_words("the microVM ended before its agent was up")));
+                };
+                // Whatever is wrong with it, the next one will be made anew.
+                template.discard();
+                return Err(Error::Monitor(self.last_words(
+                    "the microVM could not go on from its template, which is removed now: try again",
+                )));
             }
             if interrupted && given_up() {
                 return Err(Error::Interrupted);

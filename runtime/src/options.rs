@@ -65,6 +65,8 @@ pub struct RunOptions {
     pub publish: Vec<Port>,
     /// Name servers, instead of the host's.
     pub dns: Vec<IpAddr>,
+    /// Boot, rather than start from a machine that has.
+    pub no_template: bool,
 }
 
 impl RunOptions {

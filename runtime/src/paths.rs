@@ -51,6 +51,12 @@ impl Layout {
         self.data.join("names")
     }
 
+    /// Machines that have booted, to start from.
+    #[must_use]
+    pub fn templates(&self) -> PathBuf {
+        self.data.join("templates")
+    }
+
     /// Formatted, empty scratch disks to copy from.
     #[must_use]
     pub fn scratch_templates(&self) -> PathBuf {

@@ -28,6 +28,7 @@ use crate::options::RunOptions;
 use crate::relay::{Ends, Relay, Streams};
 use crate::shares::{Lifetime, Server, Shares};
 use crate::state::{Exit, Files, Record, Status, now_ns, release, remove_files};
+use crate::template::{self, Wanted};
 use crate::{Artefacts, Context, Error, Layout, Result, logs, names, scratch, shares, trace};
 
 /// Said by the caller of `run` to the supervisor.
@@ -216,8 +217,20 @@ impl Supervisor {
         if record.options.network.is_some() {
             trace::mark("network joined");
         }
-        let mut monitor =
-            Monitor::start(&self.plan.artefacts, files, &shape, disks, self.server.as_mut(), &links)?;
+        let wanted =
+            Wanted { shape: &shape, disks: &disks, shares: self.server.is_some(), networks: links.kinds() };
+        let template = (!record.options.no_template)
+            .then(|| template::get(layout, &self.plan.artefacts, &wanted))
+            .flatten();
+        let mut monitor = Monitor::start(
+            &self.plan.artefacts,
+            files,
+            &shape,
+            disks,
+            self.server.as_mut(),
+            &links,
+            template.as_ref(),
+        )?;
         // The monitor has the descriptors now, and the taps are to end with it alone.
         drop(links.fds);
         self.network = links.network;

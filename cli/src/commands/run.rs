@@ -50,6 +50,7 @@ pub fn run(layout: &Layout, args: RunArgs) -> Outcome {
         network: network(args.network, &args.publish)?,
         publish: args.publish,
         dns: args.dns,
+        no_template: args.no_template,
     };
     let image = find_or_pull(layout, &store, &args.image)?;
     trace::mark("image resolved");

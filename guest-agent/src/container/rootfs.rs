@@ -9,6 +9,7 @@ use bulkhead_protocol::{SHARES, agent};
 use rustix::mount::{MountFlags, UnmountFlags};
 
 use super::mounts::{Options, put_tree, take_tree};
+use crate::disk;
 use crate::error::{Context, Error, Result};
 
 /// Where everything of a container is kept in the guest.
@@ -189,6 +190,7 @@ fn mount(filesystem: &agent::Filesystem, target: &Path, flags: MountFlags) -> Re
     let options = Options::parse(&filesystem.options)?;
     let data = c_string(&options.data)?;
     let data = (!options.data.is_empty()).then_some(data.as_c_str());
+    disk::wait_for(&filesystem.source)?;
     rustix::mount::mount(
         filesystem.source.as_str(),
         target,

@@ -10,8 +10,9 @@ use bulkhead_runtime::monitor::{Links, Monitor};
 use bulkhead_runtime::network::{self, Network};
 use bulkhead_runtime::shares::{self, Lifetime, More, Server, Shares};
 use bulkhead_runtime::state::now_ns;
+use bulkhead_runtime::template::{self, Wanted};
 use bulkhead_runtime::terminal::Signals;
-use bulkhead_runtime::{Context, Error, Result, names, trace};
+use bulkhead_runtime::{Context, Error, Layout, Result, names, trace};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde_json::Value;
 
@@ -52,6 +53,10 @@ impl Machine {
             let attachment = network::attach(namespace, &tag(files))?;
             (links.network, links.fds) = (attachment.network, attachment.taps);
         }
+        let shape = bundle.shape()?;
+        // Before this process is in the container's cgroup: making one is not the container's affair.
+        let wanted = Wanted { shape: &shape, disks: &[], shares: true, networks: links.kinds() };
+        let template = template::get(&Layout::new(None)?, artefacts, &wanted);
         if let Some(group) = &container.cgroup {
             // Engines forget to allow the devices that a machine is made of, and nothing in the group may open them then:
             // /dev/net/tun has been opened above. If this one does not open, the monitor says why.
@@ -66,8 +71,15 @@ impl Machine {
         let log = File::create(&path).context(|| format!("cannot create {}", path.display()))?;
         let mut server = shares.start(Lifetime::Parent, &log)?;
         trace::mark("virtiofsd spawned");
-        let shape = bundle.shape()?;
-        let mut monitor = Monitor::start(artefacts, files, &shape, Vec::new(), Some(&mut server), &links)?;
+        let mut monitor = Monitor::start(
+            artefacts,
+            files,
+            &shape,
+            Vec::new(),
+            Some(&mut server),
+            &links,
+            template.as_ref(),
+        )?;
         (links.fds, links.kvm) = (Vec::new(), None);
         trace::mark("monitor spawned");
         monitor.wait_ready(signals, || std::iter::from_fn(|| signals.next()).any(is_fatal))?;

@@ -127,7 +127,7 @@ fn in_guest(name: &str) -> String {
 }
 
 /// The device for a server's connection, which the monitor must inherit as descriptor `fd`.
-fn device(fd: i32) -> FilesystemConfig {
+pub(crate) fn device(fd: i32) -> FilesystemConfig {
     FilesystemConfig {
         tag: TAG.into(),
         socket: None,

@@ -286,6 +286,7 @@ fn from_kernel(kernel: PathBuf) -> Config {
         console: ConsoleConfig::default(),
         serial: None,
         control: None,
+        ready: None,
         report: None,
     }
 }

@@ -73,6 +73,10 @@ pub struct Config {
     /// Path of the control socket to listen on; absent: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub control: Option<PathBuf>,
+    /// Path of a unix socket that is connected to, and closed, as soon as the machine runs and its sockets are listened on;
+    /// absent: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ready: Option<PathBuf>,
     /// Path of the JSON report written when the machine ends; absent: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub report: Option<PathBuf>,
@@ -250,7 +254,7 @@ impl Config {
             })?;
         // What was handed down to that monitor was not to this one.
         config.machine.kvm_fd = None;
-        (config.boot, config.restore) = (None, Some(directory.to_owned()));
+        (config.boot, config.restore, config.ready) = (None, Some(directory.to_owned()), None);
         Ok(config)
     }
 
@@ -422,7 +426,7 @@ mod tests {
             "filesystems":[{"tag":"t","socket":"s"},{"tag":"u","fd":7,"queues":2,"queue_size":64}],
             "networks":[{"tap":"t","mac":"02:00:00:00:00:01","mtu":9000},{"fd":7},{"socket":"s"}],
             "vsock":{"cid":3,"socket":"s"},"console":{"output":"/tmp/o","input":"stdin","ring_kib":1},
-            "serial":{"output":"stdout"},"control":"c","report":"r"}"#;
+            "serial":{"output":"stdout"},"control":"c","ready":"a","report":"r"}"#;
         let empty = r#"{"restore":"s","disks":[{"id":"a","read_only":true,"empty":true}],
             "filesystems":[{"tag":"t","empty":true}],"networks":[{"empty":"tap"},{"empty":"stream"}]}"#;
         for text in [text, empty] {

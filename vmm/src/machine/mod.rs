@@ -4,6 +4,7 @@ mod devices;
 mod save;
 
 use std::os::fd::{FromRawFd, IntoRawFd, RawFd};
+use std::os::unix::net::UnixStream;
 use std::panic::resume_unwind;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -180,6 +181,13 @@ impl Machine {
         let control = config.control.as_deref().map(Server::bind).transpose()?;
 
         let vcpus = Rc::new(Vcpus::start(vcpus)?);
+        if let Some(path) = &config.ready {
+            UnixStream::connect(path).map_err(|source| Error::Input {
+                what: "socket to tell that the machine runs",
+                path: path.clone(),
+                source,
+            })?;
+        }
         if let Some(control) = control {
             let machine = Running {
                 config,

@@ -54,7 +54,7 @@ pub fn extended_states(supported: &CpuId) -> u64 {
 /// as a pending exception until the guest's next exit, and when its instruction budget ends before that, it delivers
 /// the interrupt a second time, whatever the guest's interrupt flag says: a guest then waits for ever for a lock that
 /// the interrupted code holds (seen in QEMU 7.2 and 11.1; docs/decisions/0008).
-fn host_is_emulated() -> bool {
+pub(super) fn host_is_emulated() -> bool {
     let leaf = core::arch::x86_64::__cpuid(KVM_BASE);
     [leaf.ebx, leaf.ecx, leaf.edx]
         == [u32::from_le_bytes(*b"TCGT"), u32::from_le_bytes(*b"CGTC"), u32::from_le_bytes(*b"GTCG")]

@@ -95,7 +95,7 @@ impl VcpuState {
         self.set_tsc_rate(vcpu)?;
         vcpu.set_mp_state(self.mp_state).map_err(Error::kvm(what))?;
         vcpu.set_regs(&self.regs).map_err(Error::kvm(what))?;
-        vcpu.set_sregs(&self.sregs).map_err(Error::kvm(what))?;
+        vcpu.set_sregs(&system_registers(self.sregs)).map_err(Error::kvm(what))?;
         // SAFETY: KVM reads 4096 bytes of a kvm_xsave, which has them, unless the process was permitted states that need more
         // (arch_prctl), which the monitor never asks for.
         unsafe { vcpu.set_xsave(&self.xsave) }.map_err(Error::kvm(what))?;
@@ -126,6 +126,20 @@ impl VcpuState {
             "run the time stamp counter at the snapshot's rate (this host's processor cannot scale it)",
         ))
     }
+}
+
+/// What a processor of this host takes for the saved system registers.
+///
+/// KVM tells of every task segment that it is busy, which is what hardware wants to hear too. QEMU's emulation of SVM lets a
+/// program use the I/O ports that the kernel permitted it only while the segment it was given is an available one
+/// (`check_io` in target/i386/tcg/seg_helper.c compares its type with 9).
+fn system_registers(mut sregs: kvm_sregs) -> kvm_sregs {
+    const BUSY: u8 = 0xb;
+    const AVAILABLE: u8 = 9;
+    if cpuid::host_is_emulated() && sregs.tr.type_ == BUSY {
+        sregs.tr.type_ = AVAILABLE;
+    }
+    sregs
 }
 
 /// Reads those of `indices` that can be read.

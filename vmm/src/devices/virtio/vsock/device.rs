@@ -66,14 +66,15 @@ impl VirtioDevice for Vsock {
         let Activation { memory, queues, interrupt, .. } = activation;
         let mut queues = queues.into_iter().zip(0..).map(|(queue, i)| DeviceQueue::new(queue, i, &interrupt));
         if let (Some(receive), Some(transmit), Some(events)) = (queues.next(), queues.next(), queues.next()) {
-            self.handler.queues = Some(Queues { memory, receive, transmit, events });
+            self.handler.queues =
+                Some(Queues { memory, receive, transmit, events, forgetting: false, held: 0 });
         }
     }
 
     fn queues(&self) -> Vec<QueueState> {
         let queues = self.handler.queues.as_ref();
-        queues.map_or_else(Vec::new, |Queues { receive, transmit, events, .. }| {
-            vec![receive.state(0), transmit.state(0), events.state(0)]
+        queues.map_or_else(Vec::new, |Queues { receive, transmit, events, held, .. }| {
+            vec![receive.state(0), transmit.state(0), events.state(*held)]
         })
     }
 
@@ -91,6 +92,7 @@ impl VirtioDevice for Vsock {
         match index {
             0 => self.handler.receive(),
             1 => self.handler.transmit(),
+            2 => self.handler.forgotten(),
             _ => Ok(Progress::Done),
         }
     }

@@ -19,6 +19,10 @@ pub struct Queues {
     pub(super) transmit: DeviceQueue,
     /// What happens to the device as a whole.
     pub(super) events: DeviceQueue,
+    /// The guest was told to forget its streams and has not done so yet. One that began now would be forgotten, too.
+    pub(super) forgetting: bool,
+    /// Buffers for events that were taken and are not used.
+    pub(super) held: u16,
 }
 
 /// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`, `struct virtio_vsock_event` (section 5.10.6.7).
@@ -65,7 +69,9 @@ impl Handler {
     /// # Errors
     /// When the guest breaks the rules.
     pub fn receive(&mut self) -> Result<Progress, GuestError> {
-        let Some(Queues { memory, receive, .. }) = &mut self.queues else { return Ok(Progress::Done) };
+        let Some(Queues { memory, receive, forgetting: false, .. }) = &mut self.queues else {
+            return Ok(Progress::Done);
+        };
         let mut progress = Progress::More;
         let mut used = false;
         for _ in 0..receive.size() {
@@ -101,17 +107,40 @@ impl Handler {
 
     /// Tells the guest that all its streams have ended. A driver that has made no buffer available for that has none.
     pub fn announce_reset(&mut self) {
-        let Some(Queues { memory, events, .. }) = &mut self.queues else { return };
+        let Some(Queues { memory, events, forgetting, held, .. }) = &mut self.queues else { return };
         let mut tell = || {
             let Some(chain) = events.pop(memory)? else { return Ok(()) };
             let head = chain.head_index();
             let buffers = Buffers::of(memory, chain)?;
             let written = queue::write(&buffers.writable, &TRANSPORT_RESET);
+            // The driver gives the buffer back when it has done what it says. It tells so only when that is the next one that
+            // the device has not seen.
+            while events.pop(memory)?.is_some() {
+                *held = held.wrapping_add(1);
+            }
+            if !events.enable_kicks(memory)? {
+                *forgetting = true;
+            }
             events.push(memory, head, written as u32)?;
             events.notify(memory)
         };
         // A guest that breaks the rules of this queue keeps streams that answer with a reset.
         let _: Result<(), GuestError> = tell();
+    }
+
+    /// The guest has forgotten its streams.
+    ///
+    /// # Errors
+    /// When the guest breaks the rules.
+    pub fn forgotten(&mut self) -> Result<Progress, GuestError> {
+        if let Some(Queues { memory, events, forgetting, held, .. }) = &mut self.queues
+            && *forgetting
+            && events.pop(memory)?.is_some()
+        {
+            *forgetting = false;
+            *held = held.wrapping_add(1);
+        }
+        self.receive()
     }
 
     /// Something happened on the host's sockets.

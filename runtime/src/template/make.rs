@@ -1,0 +1,74 @@
+//! Makes a template: boots a machine with nothing in it and saves it when its agent is up.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use rustix::pipe::{PipeFlags, pipe_with};
+use vmm::config::{Config, DiskConfig, NetworkConfig};
+use vmm::control::{Client, Method};
+
+use super::{Wanted, empty_share, forget_failure};
+use crate::monitor::{Monitor, outline};
+use crate::state::{Files, private_dir};
+use crate::{Artefacts, Context, Error, Layout, Result, names};
+
+/// The machine to boot.
+fn config(artefacts: &Artefacts, files: &Files, wanted: &Wanted<'_>) -> Config {
+    let empty_disk = |disk: &DiskConfig| DiskConfig {
+        id: disk.id.clone(),
+        read_only: disk.read_only,
+        empty: true,
+        ..DiskConfig::default()
+    };
+    let cable =
+        |kind| NetworkConfig { tap: None, fd: None, socket: None, empty: Some(kind), mac: None, mtu: 1500 };
+    Config {
+        disks: wanted.disks.iter().map(empty_disk).collect(),
+        filesystems: wanted.shares.then(empty_share).into_iter().collect(),
+        networks: wanted.networks.iter().copied().map(cable).collect(),
+        ..outline(artefacts, files, wanted.shape)
+    }
+}
+
+/// Everything about the machine but where its files are.
+pub(super) fn blueprint(wanted: &Wanted<'_>) -> Result<String> {
+    let nowhere = PathBuf::new;
+    let artefacts = Artefacts { monitor: nowhere(), kernel: nowhere(), initramfs: nowhere() };
+    let files = Files { dir: nowhere(), run: nowhere() };
+    serde_json::to_string(&config(&artefacts, &files, wanted)).context(|| "cannot describe a template".into())
+}
+
+/// Makes the template in `directory`, which appears when it is complete. The lock is held.
+pub(super) fn make(
+    layout: &Layout,
+    artefacts: &Artefacts,
+    wanted: &Wanted<'_>,
+    directory: &Path,
+) -> Result<()> {
+    let mut name = [0; 8];
+    names::random(&mut name)?;
+    let run = layout.run.join(name.map(|byte| format!("{byte:02x}")).concat());
+    private_dir(&run)?;
+    let files = Files { dir: run.clone(), run: run.clone() };
+    let made = boot_and_save(artefacts, &files, wanted, directory);
+    let _ = fs::remove_dir_all(&run);
+    made?;
+    if let Some(home) = directory.parent() {
+        forget_failure(home).context(|| format!("cannot tidy {}", home.display()))?;
+    }
+    Ok(())
+}
+
+fn boot_and_save(artefacts: &Artefacts, files: &Files, wanted: &Wanted<'_>, directory: &Path) -> Result<()> {
+    let mut monitor = Monitor::spawn(artefacts, files, &config(artefacts, files, wanted), |_| ())?;
+    // Nothing interrupts it: a pipe to which nobody writes, and whose other end stays open.
+    let (quiet, _open) = pipe_with(PipeFlags::CLOEXEC).context(|| "cannot make a pipe".into())?;
+    monitor.wait_ready(&quiet, || false)?;
+    let failed =
+        |error: vmm::control::ClientError| Error::Monitor(format!("a template cannot be saved: {error}"));
+    Client::connect(&files.control())
+        .and_then(|mut client| client.call(Method::Snapshot(directory.to_owned())))
+        .map_err(failed)?;
+    monitor.discard();
+    Ok(())
+}
