@@ -29,6 +29,7 @@ mod pods;
 mod real_images;
 mod run;
 mod shim;
+mod templates;
 mod terminal;
 mod virtio_fs;
 

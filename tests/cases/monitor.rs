@@ -161,3 +161,53 @@ fn a_signal_ends_it_at_once(host: &Host) -> Result<()> {
     ensure!(finished.status != 0 && finished.took < Duration::from_secs(5), "{finished}");
     Ok(())
 }
+
+test!(linux_goes_on_from_a_snapshot, Needs::bulkhead().deadline(60));
+fn linux_goes_on_from_a_snapshot(host: &Host) -> Result<()> {
+    let path = |name: &str| host.work().join(name).display().to_string();
+    host.run(["truncate", "-s", "16M", &path("disk"), &path("later")])?.ok()?;
+    host.run(["mke2fs", "-q", "-F", &path("disk")])?.ok()?;
+    // Timers, a file system in the middle of writing, both processors, and a drive that gets its disk later.
+    let script = "mount -t ext4 /dev/vda /mnt; (while :; do usleep 1000; done) & \
+        i=0; while [ $i -lt 200 ]; do i=$((i+1)); echo $i >> /mnt/log; sync; echo tick $i; usleep 10000; done; \
+        echo lines $(wc -l < /mnt/log) cpus $(nproc) later $(cat /sys/block/vdb/size) $(head -c 5 /dev/vdb)";
+    let mut config = config(host, script)?;
+    let empty = json!({"id": "later", "empty": true});
+    config["machine"]["vcpus"] = 2.into();
+    config["disks"] = json!([{"id": "disk", "path": path("disk")}, empty]);
+    config["networks"] = json!([{"empty": "tap"}]);
+    config["filesystems"] = json!([{"tag": "none", "empty": true}]);
+    config["vsock"] = json!({"socket": path("vsock")});
+    config["control"] = path("control").into();
+    let running = monitor(host, &config)?.spawn()?;
+    running.wait_for("tick 20", Duration::from_secs(30))?;
+    let ctl = |words: &[&str]| {
+        let mut all = vec!["bulkhead-vmm".to_owned(), "--ctl".into(), path("control")];
+        all.extend(words.iter().map(|word| (*word).to_owned()));
+        host.run(all)
+    };
+    let taken: Value = serde_json::from_str(&ctl(&["snapshot", &path("snapshot")])?.ok()?.stdout())?;
+    host.run(["cp", &path("disk"), &path("disk-then")])?.ok()?;
+    println!(
+        "a snapshot of {} KiB, pause {} ns",
+        taken["memory_bytes"].as_u64().unwrap_or(0) >> 10,
+        taken["pause_ns"]
+    );
+    let at_least = |text: String| text.lines().filter(|line| line.starts_with("tick")).count();
+    ensure!(at_least(running.stdout_so_far()) >= 20);
+    ctl(&["quit"])?.ok()?;
+    running.wait()?;
+
+    // The disk went on after the snapshot; its state then is what belongs to the memory.
+    fs::rename(host.work().join("disk-then"), host.work().join("disk"))?;
+    fs::write(host.work().join("later"), [b"later".as_slice(), &[0; 4096 - 5]].concat())?;
+    if let Some(object) = config.as_object_mut() {
+        object.remove("boot");
+    }
+    config["restore"] = path("snapshot").into();
+    config["disks"][1] = json!({"id": "later", "path": path("later")});
+    let finished = monitor(host, &config)?.run()?.ok()?;
+    finished.stdout_has("tick 200")?.stdout_has("lines 200 cpus 2 later 8 later")?;
+    host.run(["e2fsck", "-fn", &path("disk")])?.ok()?;
+    Ok(())
+}

@@ -211,5 +211,8 @@ fn tail_of(path: &Path) -> Result<String> {
     file.seek(SeekFrom::Start(size.saturating_sub(LOG_TAIL)))?;
     let mut bytes = Vec::new();
     file.take(LOG_TAIL).read_to_end(&mut bytes)?;
+    if bytes.contains(&0) {
+        return Ok("(not text)".to_owned());
+    }
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }

@@ -10,7 +10,18 @@ const FILES: &[&str] = &["/run", "/var/lib/bulkhead", "/tmp", "/dev/shm"];
 /// What Bulkhead makes on first use and keeps on purpose.
 fn is_kept(path: &Path) -> bool {
     let exactly = ["/run/bulkhead/kvm-works", "/var/lib/bulkhead/containers", "/var/lib/bulkhead/names"];
-    exactly.iter().any(|kept| path == Path::new(kept)) || path.starts_with("/var/lib/bulkhead/scratch")
+    exactly.iter().any(|kept| path == Path::new(kept))
+        || path.starts_with("/var/lib/bulkhead/scratch")
+        || path.strip_prefix("/var/lib/bulkhead/templates").is_ok_and(is_template)
+}
+
+/// Of templates: the directory, the lock, the stamps and what is complete. Not what is half-made, and no failure.
+fn is_template(path: &Path) -> bool {
+    let name = path.components().next().map(|first| first.as_os_str().to_string_lossy().into_owned());
+    name.is_none_or(|name| {
+        let complete = name.len() == 64 && name.bytes().all(|byte| byte.is_ascii_hexdigit());
+        complete || name == "lock" || name == "stamps"
+    })
 }
 
 /// Everything of a host that could be left behind, each with how often it is there.

@@ -70,8 +70,23 @@ pub fn examine(layout: &Layout) -> Vec<Check> {
             "build them with `make`, or install Bulkhead with `make install`",
         ),
     });
-    checks.extend([storage(layout), formatter(), virtiofsd(), cgroups(), tap(), vhost()]);
+    checks.extend([storage(layout), templates(layout), formatter(), virtiofsd(), cgroups(), tap(), vhost()]);
     checks
+}
+
+fn templates(layout: &Layout) -> Check {
+    match crate::template::last_failure(layout) {
+        None => Check::ok(
+            "templates",
+            format!("machines that have booted are kept in {}", layout.templates().display()),
+        ),
+        Some(why) => Check::bad(
+            "templates",
+            Verdict::Warning,
+            format!("the last one could not be made: {}", why.trim_end()),
+            "containers start all the same, more slowly: every microVM boots. It is tried again ten minutes later",
+        ),
+    }
 }
 
 /// The check of KVM alone, which `run` makes before it promises anything.

@@ -12,6 +12,20 @@ use crate::monitor::{Monitor, outline};
 use crate::state::{Files, private_dir};
 use crate::{Artefacts, Context, Error, Layout, Result, names};
 
+/// How the directories with the sockets of machines that become templates are called. No longer than those of sandboxes, or
+/// their sockets' paths would be too long.
+const PREFIX: &str = "template-";
+
+/// Clears away the directories of those that were killed half-way.
+fn sweep(layout: &Layout) {
+    let Ok(entries) = fs::read_dir(&layout.run) else { return };
+    for entry in entries.flatten() {
+        if entry.file_name().to_string_lossy().starts_with(PREFIX) {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
 /// The machine to boot.
 fn config(artefacts: &Artefacts, files: &Files, wanted: &Wanted<'_>) -> Config {
     let empty_disk = |disk: &DiskConfig| DiskConfig {
@@ -45,9 +59,10 @@ pub(super) fn make(
     wanted: &Wanted<'_>,
     directory: &Path,
 ) -> Result<()> {
-    let mut name = [0; 8];
+    sweep(layout);
+    let mut name = [0; 3];
     names::random(&mut name)?;
-    let run = layout.run.join(name.map(|byte| format!("{byte:02x}")).concat());
+    let run = layout.run.join(format!("{PREFIX}{}", name.map(|byte| format!("{byte:02x}")).concat()));
     private_dir(&run)?;
     let files = Files { dir: run.clone(), run: run.clone() };
     let made = boot_and_save(artefacts, &files, wanted, directory);
