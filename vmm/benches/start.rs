@@ -12,7 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::{Guest, Place, kvm};
-use vmm::control::Client;
+use vmm::control::{Client, Method};
 use vmm::timeline::{START_ENV, now_ns};
 
 const RUNS: usize = 50;
@@ -40,7 +40,65 @@ fn main() {
     for (event, ns) in &best.1 {
         println!("    {event:<14} {:>6} µs", ns / 1000);
     }
+    restores(&place);
     println!("private dirty memory of the monitor, guest excluded: {} KiB", dirty_memory(&place));
+}
+
+/// The same for a machine that goes on from a snapshot of a guest that writes 16 MiB and then waits.
+fn restores(place: &Place) {
+    let guest = Guest::new().fill(0x100_0000, 16 << 20).print("x").spin();
+    let kernel = place.write("kernel2", guest.elf());
+    let devices = format!(
+        r#""machine":{{"memory_mib":{MEMORY_MIB}}},"report":{:?},"vsock":{{"socket":{:?}}}"#,
+        place.path("report"),
+        place.path("vsock")
+    );
+    let control = place.path("control2");
+    let first = place
+        .write("first", format!(r#"{{"boot":{{"kernel":{kernel:?}}},"control":{control:?},{devices}}}"#));
+    let mut child = common::monitor().arg("--config").arg(first).spawn().unwrap();
+    let mut client = loop {
+        match Client::connect(&control) {
+            Ok(mut client) if client.status().is_ok_and(|status| status.console_tail == "x") => break client,
+            _ => thread::sleep(Duration::from_millis(2)),
+        }
+    };
+    let directory = place.path("snapshot");
+    let taken = client.call(Method::Snapshot(directory.clone())).unwrap();
+    client.call(Method::Quit).unwrap();
+    child.wait().unwrap();
+    let ready = place.path("ready");
+    let listener = std::os::unix::net::UnixListener::bind(&ready).unwrap();
+    let config = format!(r#"{{"restore":{directory:?},"control":{control:?},"ready":{ready:?},{devices}}}"#);
+    let config = place.write("restore", config);
+    let mut samples: Vec<(u64, Vec<(String, u64)>)> = (0..RUNS)
+        .map(|_| {
+            let start = now_ns();
+            let mut child = common::monitor()
+                .arg("--config")
+                .arg(&config)
+                .env(START_ENV, start.to_string())
+                .spawn()
+                .unwrap();
+            drop(listener.accept().unwrap());
+            let mut client = loop {
+                match Client::connect(&control) {
+                    Ok(client) => break client,
+                    Err(_) => thread::sleep(Duration::from_millis(1)),
+                }
+            };
+            client.call(Method::Quit).unwrap();
+            child.wait().unwrap();
+            steps(place, start)
+        })
+        .collect();
+    samples.sort_by_key(|(total, _)| *total);
+    let (best, median, worst) = (&samples[0], &samples[RUNS / 2], &samples[RUNS - 1]);
+    println!("exec to first KVM_RUN of a machine that goes on from a snapshot of 16 MiB: {taken}");
+    println!("  best {} µs, median {} µs, worst {} µs", best.0 / 1000, median.0 / 1000, worst.0 / 1000);
+    for (event, ns) in &best.1 {
+        println!("    {event:<14} {:>6} µs", ns / 1000);
+    }
 }
 
 /// Time from exec to the first entry into the guest, and the steps between in nanoseconds.
@@ -49,6 +107,11 @@ fn one_start(place: &Place, config: &std::path::Path) -> (u64, Vec<(String, u64)
     let status =
         common::monitor().arg("--config").arg(config).env(START_ENV, start.to_string()).status().unwrap();
     assert!(status.success(), "{status}");
+    steps(place, start)
+}
+
+/// What the report says of the start.
+fn steps(place: &Place, start: u64) -> (u64, Vec<(String, u64)>) {
     let report = place.report();
     let mut last = start;
     let mut steps = Vec::new();

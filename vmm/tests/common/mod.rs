@@ -88,6 +88,16 @@ impl Guest {
         self.out8(0x64, 0xfe).spin()
     }
 
+    /// Writes ones to this many bytes: mov address,%edi; mov count,%ecx; mov $-1,%eax; rep stosq
+    pub fn fill(self, address: u32, bytes: u32) -> Self {
+        self.raw(&[0xbf])
+            .raw(&address.to_le_bytes())
+            .raw(&[0xb9])
+            .raw(&(bytes / 8).to_le_bytes())
+            .eax(u32::MAX)
+            .raw(&[0xf3, 0x48, 0xab])
+    }
+
     /// mov $times,%ecx; loop .
     pub fn count(self, times: u32) -> Self {
         self.raw(&[0xb9]).raw(&times.to_le_bytes()).raw(&[0xe2, 0xfe])
