@@ -196,7 +196,7 @@ fn a_full_disk_is_no_reason_not_to_run(host: &Host) -> Result<()> {
 test!(one_lives_on_while_its_machine_is_killed, BUSYBOX);
 fn one_lives_on_while_its_machine_is_killed(host: &Host) -> Result<()> {
     shell(host, &[], "true")?.ok()?;
-    host.bulkhead(["run", "-d", "--name", "killed", "busybox", "sleep", "1000"])?.ok()?;
+    host.bulkhead(["run", "-d", "--name", "alive", "busybox", "sleep", "1000"])?.ok()?;
     // Its template may go while it runs.
     for template in templates()? {
         fs::remove_dir_all(template)?;

@@ -51,6 +51,20 @@ impl Driver {
         driver
     }
 
+    /// Saves the device and lets `device` go on from there, in the same memory.
+    pub fn move_to(self, device: Box<dyn VirtioDevice>) -> Result<Self, String> {
+        let saved = self.transport.save()?;
+        let line = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let transport =
+            MmioTransport::new(device, Arc::clone(&self.memory), line.try_clone().unwrap()).unwrap();
+        transport.restore(&saved)?;
+        transport.wake();
+        for queue in 0..self.sizes.len() {
+            transport.queue_event(queue);
+        }
+        Ok(Self { transport, line, ..self })
+    }
+
     pub fn start(&mut self) {
         self.available.fill(0);
         self.write(0x70, 0);

@@ -172,3 +172,175 @@ impl MmioTransport {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+    use std::path::Path;
+    use std::sync::Arc;
+
+    use proptest::prelude::*;
+    use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
+    use vmm_sys_util::eventfd::EventFd;
+
+    use super::*;
+    use crate::devices::virtio::VirtioDevice;
+    use crate::devices::virtio::block::Block;
+    use crate::devices::virtio::block::disk::Disk;
+    use crate::devices::virtio::driver::{DATA, Driver, END, WRITE};
+    use crate::devices::virtio::net::{Net, Stream};
+    use crate::devices::virtio::rng::Rng;
+    use crate::devices::virtio::vsock::Vsock;
+    use crate::memory::{Backing, create};
+
+    fn disk(directory: &Path, read_only: bool) -> Box<dyn VirtioDevice> {
+        let path = directory.join("disk");
+        std::fs::write(&path, [7; 8192]).unwrap();
+        Box::new(Block::new("disk", Disk::raw(&path, read_only).unwrap()))
+    }
+
+    /// Asks for the disk's second sector, without a notification.
+    fn ask(driver: &mut Driver) {
+        driver.put(DATA, &[0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+        driver.put(DATA + 64, &[0xee]);
+        driver.offer(0, 0, &[(DATA, 16, 0), (DATA + 512, 512, WRITE), (DATA + 64, 1, WRITE)]);
+    }
+
+    #[test]
+    fn a_request_that_nobody_has_seen_is_answered_after_the_move() {
+        let place = tempfile::tempdir().unwrap();
+        let mut driver = Driver::new(disk(place.path(), false));
+        for round in 1..4 {
+            ask(&mut driver);
+            driver = driver.move_to(disk(place.path(), false)).unwrap();
+            assert_eq!(driver.used(0), (round, (0, 513)));
+            assert_eq!((driver.get(DATA + 64, 1)[0], driver.get(DATA + 512, 1)[0]), (0, 7));
+            // And the driver is told, whether it was before or not.
+            assert!(driver.line.read().is_ok() && driver.read(0x60) & 1 == 1);
+            assert_eq!(driver.read(0x60) & 2, 0, "nothing about the disk has changed");
+        }
+    }
+
+    #[test]
+    fn a_drive_gets_its_disk() {
+        let place = tempfile::tempdir().unwrap();
+        let mut driver = Driver::new(Box::new(Block::empty("disk", false)));
+        let sectors = |driver: &Driver| driver.read(0x100);
+        assert_eq!(sectors(&driver), 0);
+        ask(&mut driver);
+        driver.kick(0);
+        assert_eq!(driver.get(DATA + 64, 1)[0], 1, "an I/O error");
+        let mut driver = driver.move_to(disk(place.path(), false)).unwrap();
+        assert_eq!(sectors(&driver), 16);
+        assert_eq!(driver.read(0x60) & 2, 2, "the driver is told to look");
+        ask(&mut driver);
+        driver.kick(0);
+        assert_eq!((driver.get(DATA + 64, 1)[0], driver.get(DATA + 512, 1)[0]), (0, 7));
+    }
+
+    #[test]
+    fn what_is_not_the_same_device_is_refused() {
+        let place = tempfile::tempdir().unwrap();
+        let flush = 1 << VIRTIO_BLK_F_FLUSH;
+        let refusal = |device| {
+            let driver = Driver::with_features(disk(place.path(), false), flush);
+            driver.move_to(device).err().expect("it was accepted")
+        };
+        assert!(refusal(disk(place.path(), true)).contains("read-only"));
+        assert!(refusal(Box::new(Block::empty("other", false))).contains("other"));
+        assert!(refusal(Box::<Rng>::default()).contains("rng"));
+        let (near, _far) = UnixStream::pair().unwrap();
+        let net = || {
+            Box::new(Net::new("net0", Box::new(Stream::new(near.try_clone().unwrap()).unwrap()), None, 1500))
+        };
+        let error = Driver::new(net()).move_to(disk(place.path(), false)).err().unwrap();
+        assert!(error.contains("net0"), "{error}");
+    }
+
+    #[test]
+    fn receive_buffers_taken_ahead_are_taken_again() {
+        let net = |stream: UnixStream| {
+            Box::new(Net::new("net0", Box::new(Stream::new(stream).unwrap()), None, 1500))
+        };
+        let frame = |value: u8| [&[0, 0, 0, 60][..], &[value; 60]].concat();
+        let (near, mut far) = UnixStream::pair().unwrap();
+        let mut driver = Driver::new(net(near));
+        for buffer in 0..4_u16 {
+            driver.offer(0, buffer, &[(DATA + u64::from(buffer) * 4096, 4096, WRITE)]);
+        }
+        driver.kick(0);
+        far.write_all(&frame(1)).unwrap();
+        driver.transport.host_event(0);
+        assert_eq!(driver.used(0).0, 1);
+        for round in 2..4_u16 {
+            let (near, mut far) = UnixStream::pair().unwrap();
+            driver = driver.move_to(net(near)).unwrap();
+            far.write_all(&frame(round as u8)).unwrap();
+            driver.transport.host_event(0);
+            // The next buffer in order, not one further on.
+            assert_eq!(driver.used(0), (round, (u32::from(round) - 1, 72)));
+            assert_eq!(driver.get(DATA + (u64::from(round) - 1) * 4096 + 12, 1), [round as u8]);
+        }
+    }
+
+    #[test]
+    fn no_stream_begins_before_the_guest_has_forgotten_the_old_ones() {
+        let place = tempfile::tempdir().unwrap();
+        let vsock = |name: &str| Box::new(Vsock::new(3, &place.path().join(name)).unwrap());
+        let mut driver = Driver::new(vsock("one"));
+        // Buffers for packets, and for events.
+        for buffer in 0..4_u16 {
+            driver.offer(0, buffer * 2, &[(DATA + u64::from(buffer) * 4096, 4096, WRITE)]);
+            driver.offer(2, buffer, &[(DATA + 0x1_0000 + u64::from(buffer) * 16, 4, WRITE)]);
+        }
+        driver.put(DATA + 0x1_0000, &[0xff; 4]);
+        let mut driver = driver.move_to(vsock("two")).unwrap();
+        // The event is there: VIRTIO_VSOCK_EVENT_TRANSPORT_RESET.
+        assert_eq!(driver.used(2), (1, (0, 4)));
+        assert_eq!(driver.get(DATA + 0x1_0000, 4), [0; 4]);
+
+        let mut host = UnixStream::connect(place.path().join("two")).unwrap();
+        host.write_all(b"CONNECT 1024\n").unwrap();
+        for _ in 0..3 {
+            driver.transport.host_event(0);
+            driver.kick(0);
+            driver.kick(2);
+        }
+        assert_eq!(driver.used(0).0, 0, "a stream began that the guest would forget");
+        driver.offer(2, 4, &[(DATA + 0x1_0000, 4, WRITE)]);
+        driver.kick(2);
+        assert_eq!(driver.used(0).0, 1, "the request for a stream");
+        host.set_nonblocking(true).unwrap();
+        assert!(host.read(&mut [0; 8]).is_err());
+        // The buffers for events that were taken for nothing are there again for the next one.
+        let driver = driver.move_to(vsock("three")).unwrap();
+        assert_eq!(driver.used(2).0, 2);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(256))]
+        /// The checksum says that a state is what was written, not that it makes sense.
+        #[test]
+        fn no_state_can_break_a_device(flips in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6)) {
+            let place = tempfile::tempdir().unwrap();
+            let mut driver = Driver::new(disk(place.path(), false));
+            ask(&mut driver);
+            let mut bytes = postcard::to_stdvec(&driver.transport.save().unwrap()).unwrap();
+            for (at, value) in flips {
+                let at = at.index(bytes.len());
+                bytes[at] = value;
+            }
+            let Ok(state) = postcard::from_bytes::<TransportState>(&bytes) else { return Ok(()) };
+            let memory = Arc::new(create(END, Backing::Private).unwrap());
+            let line = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+            let transport = MmioTransport::new(disk(place.path(), false), memory, line).unwrap();
+            if transport.restore(&state).is_ok() {
+                transport.wake();
+                transport.queue_event(0);
+                transport.finish();
+                transport.save().unwrap();
+            }
+        }
+    }
+}
