@@ -23,6 +23,7 @@ pub mod options;
 mod paths;
 pub mod relay;
 mod scratch;
+pub mod settings;
 pub mod shares;
 mod spec;
 pub mod state;
@@ -33,3 +34,4 @@ pub mod trace;
 
 pub use error::{Context, Error, Result};
 pub use paths::{Artefacts, Layout};
+pub use settings::Settings;

@@ -12,16 +12,13 @@ use serde_json::Value;
 use vmm::config::{BootConfig, Config, ConsoleConfig, DiskConfig, MachineConfig, NetworkConfig, VsockConfig};
 
 use crate::network::{self, Network};
+use crate::settings;
 use crate::shares::Server;
 use crate::state::Files;
 use crate::{Artefacts, Context, Error, Result, null};
 
 /// What the guest's kernel and agent need beside the container, in MiB.
 const OVERHEAD_MIB: u64 = 64;
-/// Memory of a machine whose container has no limit, in MiB. It is not taken before it is used.
-const DEFAULT_MIB: u64 = 512;
-/// How long a guest may take to boot.
-const BOOT_PATIENCE: Duration = Duration::from_secs(60);
 /// How long a monitor may take to end once told to.
 const END_PATIENCE: Duration = Duration::from_secs(10);
 /// How much of a monitor's words is shown, in bytes.
@@ -43,15 +40,17 @@ pub struct Shape {
 }
 
 impl Shape {
-    /// Room for a container with these limits.
-    pub fn new(memory: Option<u64>, milli_cpus: Option<u64>) -> Self {
-        let memory = memory.map_or(DEFAULT_MIB, |bytes| {
+    /// Room for a container with these limits; what the settings say where it has none.
+    pub fn new(memory: Option<u64>, milli_cpus: Option<u64>, default: &settings::Machine) -> Self {
+        let memory = memory.map_or(default.memory.0 >> 20, |bytes| {
             // The kernel's own tables grow with memory: 64 bytes for each page, and some.
             let mib = bytes.div_ceil(1 << 20);
             mib + OVERHEAD_MIB + mib / 32
         });
         Self {
-            vcpus: u8::try_from(milli_cpus.unwrap_or(1000).div_ceil(1000)).unwrap_or(u8::MAX).max(1),
+            vcpus: u8::try_from(milli_cpus.map_or(default.vcpus.into(), |cpus| cpus.div_ceil(1000)))
+                .unwrap_or(u8::MAX)
+                .max(1),
             memory_mib: u32::try_from(memory).unwrap_or(u32::MAX),
         }
     }
@@ -90,6 +89,8 @@ pub struct Monitor {
     files: Files,
     /// Where the agent calls when it is up.
     pub ready: UnixListener,
+    /// How long the guest may take to boot.
+    patience: Duration,
     discarded: bool,
 }
 
@@ -103,6 +104,7 @@ impl Monitor {
         shares: Option<&mut Server>,
         links: &Links,
     ) -> Result<Self> {
+        let machine = &artefacts.settings.machine;
         let config = Config {
             machine: MachineConfig {
                 vcpus: shape.vcpus,
@@ -112,7 +114,7 @@ impl Monitor {
             boot: BootConfig {
                 kernel: artefacts.kernel.clone(),
                 initramfs: Some(artefacts.initramfs.clone()),
-                cmdline: CMDLINE.into(),
+                cmdline: format!("{CMDLINE} {}", machine.kernel_parameters).trim_end().to_owned(),
             },
             disks,
             filesystems: shares.iter().filter_map(|server| server.filesystem()).collect(),
@@ -152,7 +154,8 @@ impl Monitor {
         }
         let pid = Pid::from_child(&child);
         let pidfd = pidfd_open(pid, PidfdFlags::empty()).context(what)?;
-        Ok(Self { child, pidfd, files: files.clone(), ready, discarded: false })
+        let patience = Duration::from_secs(machine.boot_timeout.into());
+        Ok(Self { child, pidfd, files: files.clone(), ready, patience, discarded: false })
     }
 
     /// Its process id.
@@ -166,7 +169,7 @@ impl Monitor {
         interrupt: &impl std::os::fd::AsFd,
         mut given_up: impl FnMut() -> bool,
     ) -> Result<()> {
-        let deadline = Instant::now() + BOOT_PATIENCE;
+        let deadline = Instant::now() + self.patience;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -207,7 +210,7 @@ impl Monitor {
                 |error| format!("the monitor does not answer either: {error}"),
                 |status| describe(&status),
             );
-        format!("the guest's agent did not come up within {} seconds; {status}", BOOT_PATIENCE.as_secs())
+        format!("the guest's agent did not come up within {} seconds; {status}", self.patience.as_secs())
     }
 
     /// Why the monitor ended, in its own words. One that has only lost its agent is ended.

@@ -510,7 +510,7 @@ mod tests {
 
     fn layout() -> (tempfile::TempDir, Layout) {
         let dir = tempfile::tempdir().unwrap();
-        let layout = Layout::new(Some(dir.path())).unwrap();
+        let layout = Layout::new(Some(dir.path()), &crate::settings::Paths::default()).unwrap();
         (dir, layout)
     }
 

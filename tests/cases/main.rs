@@ -28,6 +28,7 @@ mod podman;
 mod pods;
 mod real_images;
 mod run;
+mod settings;
 mod shim;
 mod terminal;
 mod virtio_fs;

@@ -329,7 +329,7 @@ pub mod tests {
         assert_eq!(bundle.network, Wanted::New);
         assert_eq!(bundle.spec.pointer("/linux/namespaces").unwrap(), &json!([{"type": "pid"}]));
         assert!(bundle.spec.get("annotations").is_none());
-        let shape = bundle.shape().unwrap();
+        let shape = bundle.shape(&bulkhead_runtime::settings::Machine::default()).unwrap();
         assert_eq!(shape.vcpus, 2);
         assert!(shape.memory_mib > 128);
     }
@@ -403,7 +403,10 @@ pub mod tests {
         assert_eq!(bundle(&twice).unwrap().process, json!({"args": ["a"], "cwd": "/"}));
         let huge =
             bundle(&GOOD.replace("134217728", "9223372036854775807").replace("150000", "9e15")).unwrap();
-        assert!(u64::from(huge.shape().unwrap().memory_mib) < (check::host().0 >> 20) * 2);
+        assert!(
+            u64::from(huge.shape(&bulkhead_runtime::settings::Machine::default()).unwrap().memory_mib)
+                < (check::host().0 >> 20) * 2
+        );
     }
 
     proptest! {

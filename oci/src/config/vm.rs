@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use bulkhead_runtime::Result as Outcome;
 use bulkhead_runtime::monitor::Shape;
+use bulkhead_runtime::settings::Machine;
 use serde_json::Value;
 
 use super::{Bundle, check, usage};
@@ -95,7 +96,7 @@ impl Bundle {
     ///
     /// # Errors
     /// A number that no machine has.
-    pub fn shape(&self) -> Outcome<Shape> {
+    pub fn shape(&self, default: &Machine) -> Outcome<Shape> {
         let limit = |path: &str| {
             let limit = self.spec.pointer(path).and_then(Value::as_i64).filter(|&limit| limit > 0);
             limit.and_then(|limit| u64::try_from(limit).ok())
@@ -115,7 +116,7 @@ impl Bundle {
         let (most_memory, most_cpus) = check::host();
         let memory = memory.map(|bytes| bytes.min(most_memory));
         let milli_cpus = milli_cpus.map(|cpus| cpus.clamp(1, most_cpus.saturating_mul(1000)));
-        let mut shape = Shape::new(memory, milli_cpus);
+        let mut shape = Shape::new(memory, milli_cpus, default);
         if let Some(bytes) = self.vm.memory {
             shape.memory_mib = u32::try_from(bytes >> 20)
                 .map_err(|_| usage(format!("vm.hwConfig.memory: {bytes} bytes")))?;
@@ -167,11 +168,11 @@ mod tests {
         let pod = GOOD.replace(r#""annotations":{"a":"b"}"#, limits);
         let first =
             pod.replace(r#""memory":{"limit":134217728}"#, r#""memory":{}"#).replace("\"quota\":150000,", "");
-        let shape = bundle(&first).unwrap().shape().unwrap();
+        let shape = bundle(&first).unwrap().shape(&Machine::default()).unwrap();
         let most = check::host().1.min(3);
         assert!(u64::from(shape.vcpus) == most && shape.memory_mib > 1024, "{shape:?}");
         // Its own limits come first.
-        let shape = bundle(&pod).unwrap().shape().unwrap();
+        let shape = bundle(&pod).unwrap().shape(&Machine::default()).unwrap();
         assert!(shape.vcpus <= 2 && shape.memory_mib < 512, "{shape:?}");
     }
 
@@ -180,7 +181,7 @@ mod tests {
         let with = |more: &str| bundle(&GOOD.replace(r#""a":"b""#, more));
         let good = with(r#""dev.bulkhead.memory":"256","dev.bulkhead.vcpus":"1","dev.bulkhead.kernel":"/k""#)
             .unwrap();
-        let shape = good.shape().unwrap();
+        let shape = good.shape(&Machine::default()).unwrap();
         assert_eq!((shape.memory_mib, shape.vcpus), (256, 1));
         assert_eq!(good.vm.kernel.as_deref(), Some(Path::new("/k")));
         for (bad, word) in [
@@ -198,7 +199,7 @@ mod tests {
         let with = |vm: &str| bundle(&GOOD.replace("\"annotations\":{\"a\":\"b\"}", &format!("\"vm\":{vm}")));
         let good = r#"{"kernel":{"path":"/k","parameters":[]},"hwConfig":{"vcpus":3,"memory":1073741824}}"#;
         let good = with(good).unwrap();
-        let shape = good.shape().unwrap();
+        let shape = good.shape(&Machine::default()).unwrap();
         assert_eq!(
             (good.vm.kernel.as_deref(), shape.vcpus, shape.memory_mib),
             (Some(Path::new("/k")), 3, 1024)

@@ -45,7 +45,7 @@ impl Machine {
     /// From nothing to a guest whose agent has been told who it is.
     pub(super) fn make(plan: &Plan, guest: &Guest, signals: &Signals) -> Result<Made> {
         let Plan { files, bundle, container, artefacts, .. } = plan;
-        let mut shares = Shares::new(&files.run)?;
+        let mut shares = Shares::new(&files.run, &artefacts.settings.programs.virtiofsd)?;
         let (root, spec) = bundle.share(|path, access| shares.add(path, access), &[])?;
         let mut links = Links::default();
         if let Some(namespace) = &container.network {
@@ -66,7 +66,7 @@ impl Machine {
         let log = File::create(&path).context(|| format!("cannot create {}", path.display()))?;
         let mut server = shares.start(Lifetime::Parent, &log)?;
         trace::mark("virtiofsd spawned");
-        let shape = bundle.shape()?;
+        let shape = bundle.shape(&artefacts.settings.machine)?;
         let mut monitor = Monitor::start(artefacts, files, &shape, Vec::new(), Some(&mut server), &links)?;
         (links.fds, links.kvm) = (Vec::new(), None);
         trace::mark("monitor spawned");

@@ -27,7 +27,7 @@ pub fn create(context: &Context, wish: &Create) -> Result<i32> {
 
 fn make(context: &Context, wish: &Create, detach: bool) -> Result<i32> {
     super::refuse_fds(wish.preserve_fds)?;
-    let mut artefacts = Artefacts::find()?;
+    let mut artefacts = Artefacts::find(&context.settings)?;
     let bundle = Bundle::read(&wish.bundle, &context.log)?;
     if let Some(kernel) = &bundle.vm.kernel {
         artefacts.kernel.clone_from(kernel);
@@ -40,7 +40,7 @@ fn make(context: &Context, wish: &Create, detach: bool) -> Result<i32> {
     let shared = pod::find(&context.root, &bundle)?;
     let machine_mib = match &shared {
         Some(shared) => shared.machine_mib,
-        None => bundle.shape()?.memory_mib,
+        None => bundle.shape(&context.settings.machine)?.memory_mib,
     };
     let (pod, partners) = shared.map_or_else(Default::default, |shared| (Some(shared.pod), shared.partners));
     if pod.is_some() {
