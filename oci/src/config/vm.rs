@@ -92,23 +92,48 @@ impl Vm {
 }
 
 impl Bundle {
+    fn limit(&self, path: &str) -> Option<u64> {
+        let limit = self.spec.pointer(path).and_then(Value::as_i64).filter(|&limit| limit > 0);
+        limit.and_then(|limit| u64::try_from(limit).ok())
+    }
+
+    fn told(&self, key: &str) -> Outcome<Option<u64>> {
+        let number =
+            |text: &String| text.parse::<u64>().map_err(|_| usage(format!("annotation {key}: {text:?}")));
+        Ok(self.annotations.get(key).map(number).transpose()?.filter(|&number| number > 0))
+    }
+
+    /// Its own, or that of its pod.
+    fn memory_limit(&self) -> Outcome<Option<u64>> {
+        Ok(self.limit("/linux/resources/memory/limit").or(self.told(POD_MEMORY)?))
+    }
+
+    /// A limit above what the host has is none: engines take it, and so do we. The machine gets what there is.
+    ///
+    /// # Errors
+    /// A number that is none.
+    pub fn warn_of_limits_above_the_host(&self, log: &Log) -> Outcome<()> {
+        let most = check::host().0;
+        if let Some(bytes) = self.memory_limit()?.filter(|&bytes| bytes > most && self.vm.memory.is_none()) {
+            log.warn(&format!(
+                "the memory limit of the container or its pod, {} MiB, is above the {} MiB of this host: its microVM has \
+                 as much as the host",
+                bytes >> 20,
+                most >> 20
+            ));
+        }
+        Ok(())
+    }
+
     /// The machine that the container needs: its memory limit and CPUs, or what it asks for outright.
     ///
     /// # Errors
     /// A number that no machine has.
     pub fn shape(&self, default: &Machine) -> Outcome<Shape> {
-        let limit = |path: &str| {
-            let limit = self.spec.pointer(path).and_then(Value::as_i64).filter(|&limit| limit > 0);
-            limit.and_then(|limit| u64::try_from(limit).ok())
-        };
-        let told = |key: &str| -> Outcome<Option<u64>> {
-            let number =
-                |text: &String| text.parse::<u64>().map_err(|_| usage(format!("annotation {key}: {text:?}")));
-            Ok(self.annotations.get(key).map(number).transpose()?.filter(|&number| number > 0))
-        };
-        let memory = limit("/linux/resources/memory/limit").or(told(POD_MEMORY)?);
-        let (quota, period) = match limit("/linux/resources/cpu/quota") {
-            Some(quota) => (Some(quota), limit("/linux/resources/cpu/period")),
+        let told = |key| self.told(key);
+        let memory = self.memory_limit()?;
+        let (quota, period) = match self.limit("/linux/resources/cpu/quota") {
+            Some(quota) => (Some(quota), self.limit("/linux/resources/cpu/period")),
             None => (told(POD_QUOTA)?, told(POD_PERIOD)?),
         };
         let milli_cpus = quota.map(|quota| quota.saturating_mul(1000) / period.unwrap_or(100_000));
@@ -117,12 +142,20 @@ impl Bundle {
         let memory = memory.map(|bytes| bytes.min(most_memory));
         let milli_cpus = milli_cpus.map(|cpus| cpus.clamp(1, most_cpus.saturating_mul(1000)));
         let mut shape = Shape::new(memory, milli_cpus, default);
+        // What is asked for outright, and cannot be, is a mistake.
         if let Some(bytes) = self.vm.memory {
-            shape.memory_mib = u32::try_from(bytes >> 20)
-                .map_err(|_| usage(format!("vm.hwConfig.memory: {bytes} bytes")))?;
+            let mib = u32::try_from(bytes >> 20).ok().filter(|_| bytes <= most_memory);
+            shape.memory_mib = mib.ok_or_else(|| {
+                let (asked, most) = (bytes >> 20, most_memory >> 20);
+                usage(format!(
+                    "{MEMORY} or vm.hwConfig.memory: {asked} MiB are more than the {most} MiB of this host"
+                ))
+            })?;
         }
         if let Some(vcpus) = self.vm.vcpus {
-            shape.vcpus = u8::try_from(vcpus).map_err(|_| usage(format!("vm.hwConfig.vcpus: {vcpus}")))?;
+            let count = u8::try_from(vcpus).ok().filter(|count| (1..=32).contains(count));
+            shape.vcpus = count
+                .ok_or_else(|| usage(format!("{VCPUS} or vm.hwConfig.vcpus: {vcpus} is not from 1 to 32")))?;
         }
         Ok(shape)
     }
@@ -191,6 +224,19 @@ mod tests {
         ] {
             let error = with(bad).unwrap_err().chain();
             assert!(error.contains(word), "{bad}: {error}");
+        }
+        // What no machine here can have is told with what there is.
+        let host = check::host().0 >> 20;
+        for (bad, words) in [
+            (
+                format!(r#""dev.bulkhead.memory":"{}""#, host + 1),
+                [MEMORY, &format!("{host} MiB of this host")],
+            ),
+            (r#""dev.bulkhead.vcpus":"33""#.to_owned(), [VCPUS, "1 to 32"]),
+            (r#""dev.bulkhead.vcpus":"0""#.to_owned(), [VCPUS, "1 to 32"]),
+        ] {
+            let error = with(&bad).unwrap().shape(&Machine::default()).unwrap_err().chain();
+            assert!(words.iter().all(|word| error.contains(word)), "{bad}: {error}");
         }
     }
 

@@ -40,7 +40,10 @@ fn make(context: &Context, wish: &Create, detach: bool) -> Result<i32> {
     let shared = pod::find(&context.root, &bundle)?;
     let machine_mib = match &shared {
         Some(shared) => shared.machine_mib,
-        None => bundle.shape(&context.settings.machine)?.memory_mib,
+        None => {
+            bundle.warn_of_limits_above_the_host(&context.log)?;
+            bundle.shape(&context.settings.machine)?.memory_mib
+        }
     };
     let (pod, partners) = shared.map_or_else(Default::default, |shared| (Some(shared.pod), shared.partners));
     if pod.is_some() {
