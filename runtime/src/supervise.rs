@@ -292,6 +292,7 @@ impl Supervisor {
                 .into_iter()
                 .filter(|file| !options.covers(&file.path))
                 .collect(),
+            pause: false,
         };
         let _: CreateContainerResponse = agent.call("CreateContainer", &request).map_err(cannot_start)?;
         trace::mark("container created");

@@ -49,6 +49,9 @@ impl Agent {
             return Err(Error::new(Code::AlreadyExists, format!("container {id} exists")));
         }
         let mut spec = Spec::parse(&request.spec)?;
+        if let Some(process) = &mut spec.process {
+            process.pause = request.pause;
+        }
         let mut namespaces = Namespaces::from_spec(&spec.linux, |id| self.init_of(id))?;
         let seccomp = spec.linux.seccomp.as_ref().map(Filter::compile).transpose()?;
         shared::take(&mut spec.mounts)?;

@@ -11,6 +11,7 @@ mod lifecycle;
 pub mod mounts;
 pub mod namespaces;
 pub mod process;
+mod pause;
 pub mod rootfs;
 pub mod seccomp;
 mod shared;

@@ -51,6 +51,9 @@ pub struct Process {
     pub io_priority: Option<Value>,
     #[serde(rename = "execCPUAffinity")]
     pub exec_cpu_affinity: Option<Value>,
+    /// Not of the specification: no program is executed, see [`super::pause`].
+    #[serde(skip)]
+    pub pause: bool,
 }
 
 /// `process.consoleSize`, in characters.

@@ -19,6 +19,8 @@ const MEMORY: &str = "dev.bulkhead.memory";
 const VCPUS: &str = "dev.bulkhead.vcpus";
 /// Path of its kernel.
 const KERNEL: &str = "dev.bulkhead.kernel";
+/// `true`: the container does nothing, and needs no files for it. What containerd's sandbox API makes of a pod.
+const PAUSE: &str = "dev.bulkhead.pause";
 /// What containerd's CRI says at a pod's first container about all of them: bytes, microseconds, 0 for no limit.
 const POD_MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
 const POD_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
@@ -33,6 +35,8 @@ pub struct Vm {
     pub vcpus: Option<u64>,
     /// Its memory, bytes.
     pub memory: Option<u64>,
+    /// Its first container is nothing but a holder of namespaces, whatever its process says.
+    pub pause: bool,
 }
 
 impl Vm {
@@ -57,8 +61,12 @@ impl Vm {
                 VCPUS => read.vcpus = Some(number()?),
                 KERNEL if value.starts_with('/') => read.kernel = Some(value.into()),
                 KERNEL => return Err(format!("annotation {key}: {value:?} is no absolute path")),
+                PAUSE if matches!(value.as_str(), "true" | "false") => read.pause = value == "true",
+                PAUSE => return Err(format!("annotation {key}: {value:?} is neither true nor false")),
                 _ => {
-                    return Err(format!("annotation {key} is not known: {MEMORY}, {VCPUS} and {KERNEL} are"));
+                    return Err(format!(
+                        "annotation {key} is not known: {MEMORY}, {VCPUS}, {KERNEL} and {PAUSE} are"
+                    ));
                 }
             }
         }
@@ -179,7 +187,7 @@ impl Bundle {
                 ));
             }
         }
-        if self.vm != Vm::default() {
+        if (Vm { pause: false, ..self.vm.clone() }) != Vm::default() {
             log.warn(
                 "the size and the kernel of the microVM that the container joins are the first container's",
             );

@@ -222,6 +222,7 @@ impl Sandbox {
             rootfs: Some(Rootfs { shared: root, ..Rootfs::default() }),
             stdio: Some(stdio),
             files: Vec::new(),
+            pause: bundle.vm.pause,
         };
         let _: CreateContainerResponse = agent.call("CreateContainer", &request).map_err(refused)?;
         trace::mark("container created");
