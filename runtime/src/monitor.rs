@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde_json::Value;
-use vmm::config::{BootConfig, Config, ConsoleConfig, DiskConfig, MachineConfig, NetworkConfig, VsockConfig};
+pub use vmm::config::DiskConfig;
+use vmm::config::{BootConfig, Config, ConsoleConfig, MachineConfig, NetworkConfig, VsockConfig};
 
 use crate::network::{self, Network};
 use crate::settings;

@@ -285,7 +285,7 @@ impl Supervisor {
             rootfs: Some(Rootfs {
                 layers: (1..=layers.len()).map(erofs).collect(),
                 writable: Some(writable),
-                shared: String::new(),
+                ..Rootfs::default()
             }),
             stdio: Some(stdio),
             files: etc(hostname, options, &self.network)

@@ -187,9 +187,17 @@ impl Backend for Oci {
         let systemd_cgroup = create.more.systemd_cgroup;
         let mut known = Known { bundle: create.bundle.clone(), systemd_cgroup, kills: None };
         let rootfs = create.bundle.join("rootfs");
-        mounts::make(&create.more.rootfs, &rootfs)?;
         let bundle = create.bundle.display().to_string();
-        let made = self.make(&create.id, &known, "init", &create.stdio, &["create", "--bundle", &bundle]);
+        let mut words = vec!["create", "--bundle", &bundle];
+        let disk = mounts::as_disk(&create.more.rootfs);
+        match &disk {
+            Some(disk) => {
+                fs::create_dir_all(&rootfs).with_context(|| format!("create {}", rootfs.display()))?;
+                words.extend(["--root-disk", disk]);
+            }
+            None => mounts::make(&create.more.rootfs, &rootfs)?,
+        }
+        let made = self.make(&create.id, &known, "init", &create.stdio, &words);
         match made {
             Ok(made) => {
                 known.kills = account_of(made.pid);

@@ -172,6 +172,15 @@ fn without_a_pause_container(node: &Node<'_>) -> Result<()> {
     for container in [&one, &two] {
         ensure!(node.ended(container)?.0 == 137);
     }
+    node.remove(&pod)?;
+    // Who kills the shim, too; nothing of the pod goes on.
+    let pod = node.cri.run_pod(&config, node.handler)?;
+    let one = node.start((&pod, &config), "one", 1, "sleep 1000")?;
+    node.host.run(["pkill", "-KILL", "-f", "containerd-shim-bulkhead"])?.ok()?;
+    // Until containerd has noticed, it asks in vain.
+    let gone = || Ok(node.cri.is_ready(&pod).is_ok_and(|ready| !ready));
+    node.host.eventually("the pod's end to be told", PATIENCE, gone)?;
+    node.ended(&one)?;
     node.remove(&pod)
 }
 
@@ -199,7 +208,8 @@ fn daemon(host: &Host, program: &str) -> Result<Daemon> {
          [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.bulkhead]\n\
          runtime_type = \"io.containerd.bulkhead.v2\"\n\
          [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.sandbox]\n\
-         runtime_type = \"io.containerd.bulkhead.v2\"\nsandboxer = \"shim\"\n"
+         runtime_type = \"io.containerd.bulkhead.v2\"\nsandboxer = \"shim\"\n{}",
+        crate::disks::settings(host)?
     );
     let settings = host.file("config.toml", &settings)?;
     let command = format!(
@@ -207,7 +217,11 @@ fn daemon(host: &Host, program: &str) -> Result<Daemon> {
         settings.display()
     );
     let ctr = || Program::new(["ctr", "-a", &format!("{work}/containerd.sock"), "-n", "k8s.io"]);
+    let fresh = !host.work().join(program).exists();
     let daemon = Daemon::start(host, &command, || ctr().args(["version"]))?;
+    if !fresh {
+        return Ok(daemon);
+    }
     let bin = host.work().join("pause/bin");
     fs::create_dir_all(&bin)?;
     fs::copy("/usr/bin/busybox", bin.join("busybox"))?;
@@ -246,18 +260,35 @@ fn newer_containerds_take_the_shim(host: &Host) -> Result<()> {
     ensure!(programs.len() == 2, "the host has {programs:?}");
     for program in &programs {
         let done = with_containerd(host, program, || {
-            side_by_side(&[(program.as_str(), node(host, program, "bulkhead")?.1)], &[quick, whole])?;
-            // The sandbox API: containerd 2 and later.
-            if program.starts_with("containerd-1") {
-                return Ok(());
-            }
-            let alone: Step<_> = ("no pause container", without_a_pause_container);
-            let name = format!("{program}, sandbox API");
-            side_by_side(&[(&*name, node(host, program, "sandbox")?.1)], &[quick, whole, alone])
+            side_by_side(&[(program.as_str(), node(host, program, "bulkhead")?.1)], &[quick, whole])
         });
         done.with_context(|| program.clone())?;
+        // The sandbox API: containerd 2 and later.
+        if !program.starts_with("containerd-1") {
+            by_the_sandbox_api(host, program).with_context(|| format!("{program}, sandbox API"))?;
+        }
     }
     Ok(())
+}
+
+fn by_the_sandbox_api(host: &Host, program: &str) -> Result<()> {
+    let [quick, _, whole, _] = steps();
+    // A pod that outlives its containerd.
+    let first = daemon(host, program)?;
+    let (_, old) = node(host, program, "sandbox")?;
+    let config = old.pod("stays");
+    let pod = old.cri.run_pod(&config, old.handler)?;
+    let container = old.start((&pod, &config), "stays", 0, "sleep 1000")?;
+    first.end(&[])?;
+    with_containerd(host, program, || {
+        let (_, node) = node(host, program, "sandbox")?;
+        ensure!(node.cri.is_ready(&pod)?, "containerd has lost the pod");
+        ensure!(node.cri.exec(&container, &["hostname"])?.0 == "stays\n");
+        node.remove(&pod)?;
+        let alone: Step<_> = ("no pause container", without_a_pause_container);
+        side_by_side(&[("sandbox API", node)], &[quick, whole, alone])?;
+        crate::disks::roots_on_disks(host).context("disks")
+    })
 }
 
 fn node<'a>(host: &'a Host, containerd: &str, handler: &'static str) -> Result<(&'static str, Node<'a>)> {

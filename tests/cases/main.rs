@@ -6,6 +6,7 @@ mod containerd;
 mod containers;
 mod cri;
 mod daemons;
+mod disks;
 mod docker;
 mod figures;
 mod flags;

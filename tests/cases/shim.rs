@@ -270,6 +270,23 @@ fn it_takes_callers_that_are_not_containerd(host: &Host) -> Result<()> {
         };
         ensure!(!error.to_string().is_empty());
     }
+    // The same of the sandbox API; what makes a pod has to be a pod's description.
+    for method in [
+        "CreateSandbox",
+        "StartSandbox",
+        "Platform",
+        "StopSandbox",
+        "WaitSandbox",
+        "SandboxStatus",
+        "PingSandbox",
+    ] {
+        let mut client = Client::new(UnixStream::connect(&path)?, "containerd.runtime.sandbox.v1.Sandbox");
+        let Err(error) = client.call::<Connected>(method, &request) else {
+            bail!("{method} of nothing works")
+        };
+        let word = if method == "CreateSandbox" { "PodSandboxConfig" } else { "does not exist" };
+        ensure!(error.to_string().contains(word), "{method}: {error}");
+    }
     let _ = call()?.call::<Connected>("Shutdown", &request);
     host.eventually("its end", PATIENCE, || {
         Ok(count(host, "containerd-shim-bulkhead-v2 -namespace")? == 0 && !Path::new(&path).exists())

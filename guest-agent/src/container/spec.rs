@@ -161,6 +161,8 @@ pub struct Device {
     pub file_mode: Option<u32>,
     pub uid: u32,
     pub gid: u32,
+    /// Not of the specification: it is this disk of the machine, with other numbers.
+    pub disk: Option<String>,
 }
 
 /// `linux.resources`.

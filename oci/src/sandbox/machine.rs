@@ -4,7 +4,7 @@ use std::fs::File;
 use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
 
-use bulkhead_protocol::agent::{ConfigureRequest, GuestInfo, ShutdownRequest};
+use bulkhead_protocol::agent::{ConfigureRequest, GuestInfo, Rootfs, ShutdownRequest};
 use bulkhead_runtime::guest::{Agent, Guest};
 use bulkhead_runtime::monitor::{Links, Monitor};
 use bulkhead_runtime::network::{self, Network};
@@ -16,7 +16,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde_json::Value;
 
 use super::{Plan, is_fatal, tag};
-use crate::config::Bundle;
+use crate::config::{Bundle, RootDisk};
 use crate::pod::{self, Pod};
 use crate::store::{Container, ProcessId};
 
@@ -26,8 +26,10 @@ pub(super) enum Machine {
     Own {
         /// Runs it.
         monitor: Monitor,
-        /// Serves the files; ends with us.
-        server: Server,
+        /// Serves the files; ends with us. None, when there are none of the host's.
+        server: Option<Server>,
+        /// Holds the disk of the root, so that the host does not mount it.
+        disk: Option<File>,
     },
     /// It ends with another.
     Joined {
@@ -38,8 +40,8 @@ pub(super) enum Machine {
     },
 }
 
-/// A machine, the guest's path of the root file system, and the configuration for the agent.
-type Made = (Machine, String, Value);
+/// A machine, the root file system in the guest's words, and the configuration for the agent.
+type Made = (Machine, Rootfs, Value);
 
 impl Machine {
     /// From nothing to a guest whose agent has been told who it is.
@@ -64,17 +66,22 @@ impl Machine {
         }
         let path = files.shares_log();
         let log = File::create(&path).context(|| format!("cannot create {}", path.display()))?;
-        let mut server = shares.start(Lifetime::Parent, &log)?;
+        let needed = bundle.root_disk.is_none() || bundle.has_binds();
+        let mut server = needed.then(|| shares.start(Lifetime::Parent, &log)).transpose()?;
         trace::mark("virtiofsd spawned");
         let shape = bundle.shape(&artefacts.settings.machine)?;
-        let mut monitor = Monitor::start(artefacts, files, &shape, Vec::new(), Some(&mut server), &links)?;
+        let disk = bundle.root_disk.as_ref().map(RootDisk::hold).transpose()?;
+        let volumes = bundle.volumes.iter().enumerate().map(|(number, volume)| volume.config(number));
+        let disks = bundle.root_disk.iter().map(RootDisk::config).chain(volumes).collect();
+        let mut monitor = Monitor::start(artefacts, files, &shape, disks, server.as_mut(), &links)?;
         (links.fds, links.kvm) = (Vec::new(), None);
         trace::mark("monitor spawned");
         monitor.wait_ready(signals, || std::iter::from_fn(|| signals.next()).any(is_fatal))?;
         trace::mark("agent up");
         let mut agent = guest.agent()?;
-        configure(&mut agent, bundle, &links.network, name_server.map(|(_, server)| server))?;
-        Ok((Self::Own { monitor, server }, root, spec))
+        let tags = server.iter().map(|_| shares::TAG.to_owned()).collect();
+        configure(&mut agent, bundle, tags, &links.network, name_server.map(|(_, server)| server))?;
+        Ok((Self::Own { monitor, server, disk }, root, spec))
     }
 
     /// Into the machine of another container.
@@ -105,7 +112,7 @@ impl Machine {
     /// The file server of one's own machine.
     pub(super) fn server(&self) -> Option<ProcessId> {
         match self {
-            Self::Own { server, .. } => ProcessId::of(server.pid().cast_signed()),
+            Self::Own { server, .. } => ProcessId::of(server.as_ref()?.pid().cast_signed()),
             Self::Joined { .. } => None,
         }
     }
@@ -123,7 +130,7 @@ impl Machine {
     /// Ends one's own machine with its writes on the host's disk, or leaves that of another. Answers the monitor's
     /// timeline, if one was asked for.
     pub(super) fn put_away(self, guest: &Guest, container: &Container) -> Option<Value> {
-        let Self::Own { mut monitor, server } = self else {
+        let Self::Own { mut monitor, server, disk } = self else {
             pod::leave(container);
             return None;
         };
@@ -134,7 +141,7 @@ impl Machine {
             monitor.end();
         }
         trace::mark("monitor ended");
-        drop((monitor, server));
+        drop((monitor, server, disk));
         trace::mark("virtiofsd ended");
         timeline
     }
@@ -143,6 +150,7 @@ impl Machine {
 fn configure(
     agent: &mut Agent,
     bundle: &Bundle,
+    shares: Vec<String>,
     network: &Network,
     name_server: Option<Ipv4Addr>,
 ) -> Result<()> {
@@ -152,7 +160,7 @@ fn configure(
         hostname: bundle.hostname.clone(),
         entropy,
         realtime_ns: i64::try_from(now_ns()).unwrap_or(0),
-        shares: vec![shares::TAG.to_owned()],
+        shares,
         network: Some(network.to_message()),
         name_server: name_server.map_or_else(Vec::new, |server| server.octets().to_vec()),
     };

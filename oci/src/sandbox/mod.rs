@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use bulkhead_protocol::agent::{
     ContainerRequest, CreateContainerRequest, CreateContainerResponse, Empty, ProcessRequest,
-    ResizeTerminalRequest, Rootfs, SignalProcessRequest, Stdio, WaitProcessResponse,
+    ResizeTerminalRequest, SignalProcessRequest, Stdio, WaitProcessResponse,
 };
 use bulkhead_protocol::client::CallError;
 use bulkhead_runtime::guest::{Agent, Guest};
@@ -219,7 +219,7 @@ impl Sandbox {
         let request = CreateContainerRequest {
             id: guest_id(&container.id),
             spec: spec.to_string(),
-            rootfs: Some(Rootfs { shared: root, ..Rootfs::default() }),
+            rootfs: Some(root),
             stdio: Some(stdio),
             files: Vec::new(),
             pause: bundle.vm.pause,
