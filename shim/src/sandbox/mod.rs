@@ -2,6 +2,8 @@
 //! one, made of nothing ([`pod`]); its end is the pod's.
 
 mod pod;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -19,13 +21,14 @@ use containerd_shim_protos::sandbox_api::{
 use containerd_shim_protos::sandbox_sync::Sandbox as Api;
 use containerd_shim_protos::ttrpc::{Result as RpcResult, TtrpcContext};
 use containerd_shim_protos::types::platform::Platform;
+use serde_json::Value;
 
 use self::pod::Pod;
 use crate::events::timestamp;
-use crate::oci::{More, Oci};
+use crate::oci::More;
 use crate::service::told;
 use crate::stats;
-use crate::tasks::{Create, Error, Phase, Result, Stdio, Tasks};
+use crate::tasks::{Backend, Create, Error, Phase, Result, Stdio, Tasks};
 
 /// How long a pod may take to end by itself, when containerd says nothing of it.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -62,15 +65,15 @@ impl Slot {
 }
 
 /// The API for the pod of one process.
-pub struct Service {
+pub struct Service<B: Backend> {
     slot: Arc<Slot>,
-    tasks: Arc<Tasks<Oci>>,
+    tasks: Arc<Tasks<B>>,
     done: Sender<()>,
 }
 
-impl Service {
+impl<B: Backend<More = More, Stats = Value>> Service<B> {
     /// Serves the pod in `slot`; `done` is told when there is nothing left to serve.
-    pub fn new(slot: Arc<Slot>, tasks: Arc<Tasks<Oci>>, done: Sender<()>) -> Self {
+    pub fn new(slot: Arc<Slot>, tasks: Arc<Tasks<B>>, done: Sender<()>) -> Self {
         Self { slot, tasks, done }
     }
 
@@ -81,6 +84,10 @@ impl Service {
 
     fn create(&self, request: CreateSandboxRequest) -> Result<()> {
         let CreateSandboxRequest { sandbox_id: id, bundle_path, netns_path, .. } = request;
+        let taken = self.slot.0.get().is_some_and(|known| known.id != id);
+        if taken || self.tasks.state(&id, "").is_ok() {
+            return Err(Error::AlreadyExists(format!("sandbox {id}: this shim has one already")));
+        }
         let options = request.options.into_option().unwrap_or_default();
         let pod = Pod::decode(&options.type_url, &options.value)?;
         let bundle = PathBuf::from(bundle_path);
@@ -110,9 +117,14 @@ impl Service {
     }
 
     fn shut_down(&self, id: &str) -> Result<()> {
-        if self.tasks.state(id, "").is_ok() {
-            self.stop(id, Duration::ZERO)?;
-            self.tasks.delete(id, "")?;
+        match self.known(id) {
+            Ok(_) if self.tasks.state(id, "").is_ok() => {
+                self.stop(id, Duration::ZERO)?;
+                self.tasks.delete(id, "")?;
+            }
+            // It was never made, or is gone; but something else may be served.
+            Err(error) if !self.tasks.is_empty() => return Err(error),
+            _ => {}
         }
         let _ = self.done.send(());
         Ok(())
@@ -147,7 +159,7 @@ fn platform() -> Platform {
     Platform { os: "linux".into(), architecture: architecture.into(), ..Platform::default() }
 }
 
-impl Api for Service {
+impl<B: Backend<More = More, Stats = Value>> Api for Service<B> {
     fn create_sandbox(
         &self,
         _: &TtrpcContext,
