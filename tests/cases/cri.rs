@@ -259,22 +259,24 @@ fn newer_containerds_take_the_shim(host: &Host) -> Result<()> {
     let programs: Vec<_> = names.filter(is_newer).collect();
     ensure!(programs.len() == 2, "the host has {programs:?}");
     for program in &programs {
-        let done = with_containerd(host, program, || {
-            side_by_side(&[(program.as_str(), node(host, program, "bulkhead")?.1)], &[quick, whole])
-        });
+        let done = if program.starts_with("containerd-1") {
+            with_containerd(host, program, || {
+                side_by_side(&[(program.as_str(), node(host, program, "bulkhead")?.1)], &[quick, whole])
+            })
+        } else {
+            by_both_ways(host, program)
+        };
         done.with_context(|| program.clone())?;
-        // The sandbox API: containerd 2 and later.
-        if !program.starts_with("containerd-1") {
-            by_the_sandbox_api(host, program).with_context(|| format!("{program}, sandbox API"))?;
-        }
     }
     Ok(())
 }
 
-fn by_the_sandbox_api(host: &Host, program: &str) -> Result<()> {
+/// containerd 2 and later: with a pause container, and by the sandbox API.
+fn by_both_ways(host: &Host, program: &str) -> Result<()> {
     let [quick, _, whole, _] = steps();
-    // A pod that outlives its containerd.
     let first = daemon(host, program)?;
+    side_by_side(&[(program, node(host, program, "bulkhead")?.1)], &[quick])?;
+    // A pod that outlives its containerd.
     let (_, old) = node(host, program, "sandbox")?;
     let config = old.pod("stays");
     let pod = old.cri.run_pod(&config, old.handler)?;
