@@ -4,6 +4,16 @@ TARGET  := $(or $(CARGO_TARGET_DIR),target)
 RELEASE := $(TARGET)/x86_64-unknown-linux-gnu/release
 CACHE   := .cache
 PREFIX  ?= /usr/local
+# Where bulkhead/config.toml goes; the programs look for it in no other place.
+SYSCONFDIR ?= /etc
+# What goes with the programs.
+KERNEL    ?= $(CACHE)/kernel/current/vmlinux
+INITRAMFS ?= $(CACHE)/initramfs.cpio
+
+ifneq ($(SYSCONFDIR),/etc)
+export BULKHEAD_SYSCONFDIR := $(SYSCONFDIR)
+endif
+
 say      = @printf '\033[1m==> %s\033[0m\n' "$(1)"
 
 .PHONY: all demo test test-unit test-system bench check install clean deps binaries kernel initramfs images
@@ -47,7 +57,7 @@ kernel: deps
 	@kernel-config/build >/dev/null
 
 initramfs: binaries
-	@cargo run --quiet -p tests --bin mkinitramfs -- $(RELEASE)/guest-agent $(CACHE)/initramfs.cpio
+	@cargo run --quiet -p tests --bin mkinitramfs -- $(RELEASE)/guest-agent $(INITRAMFS)
 
 images: deps
 	$(call say,images from Debian packages: made once and then kept in $(CACHE))
@@ -56,8 +66,11 @@ images: deps
 install: all
 	install -D -t $(DESTDIR)$(PREFIX)/bin $(RELEASE)/bulkhead $(RELEASE)/bulkhead-oci $(RELEASE)/bulkhead-vmm \
 		$(RELEASE)/containerd-shim-bulkhead-v2
-	install -D -m 644 $(CACHE)/kernel/current/vmlinux $(DESTDIR)$(PREFIX)/share/bulkhead/vmlinux
-	install -D -m 644 $(CACHE)/initramfs.cpio $(DESTDIR)$(PREFIX)/share/bulkhead/initramfs.cpio
+	install -D -m 644 $(KERNEL) $(DESTDIR)$(PREFIX)/share/bulkhead/vmlinux
+	install -D -m 644 $(INITRAMFS) $(DESTDIR)$(PREFIX)/share/bulkhead/initramfs.cpio
+	@# One that has been edited stays.
+	test -e $(DESTDIR)$(SYSCONFDIR)/bulkhead/config.toml || \
+		install -D -m 644 runtime/config.toml $(DESTDIR)$(SYSCONFDIR)/bulkhead/config.toml
 
 clean:
 	rm -rf $(TARGET) $(CACHE)

@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 use args::{Cli, Command, ImageCommand};
-use bulkhead_runtime::{Layout, trace};
+use bulkhead_runtime::{Layout, Settings, trace};
 use failure::Outcome;
 
 fn main() -> ExitCode {
@@ -35,9 +35,18 @@ fn usage(error: &clap::Error) -> ExitCode {
 }
 
 fn perform(cli: Cli) -> Outcome {
-    let layout = Layout::new(cli.root.as_deref())?;
+    // A file that makes no sense is what `doctor` is there to tell.
+    let settings = match Settings::load() {
+        Err(error) if !matches!(cli.command, Command::Doctor(_)) => return Err(error.into()),
+        settings => settings,
+    };
+    let (settings, wrong) = match settings {
+        Ok(settings) => (settings, None),
+        Err(error) => (Settings::default(), Some(error)),
+    };
+    let layout = Layout::new(cli.root.as_deref(), &settings.paths)?;
     match cli.command {
-        Command::Run(args) => commands::run::run(&layout, *args),
+        Command::Run(args) => commands::run::run(&layout, &settings, *args),
         Command::Exec(args) => commands::exec::exec(&layout, args),
         Command::Ps(args) => commands::list::ps(&layout, &args),
         Command::Top(args) => commands::list::top(&layout, &args),
@@ -56,6 +65,6 @@ fn perform(cli: Cli) -> Outcome {
         Command::Image(ImageCommand::Rm(args)) => commands::image::rm(&layout, &args),
         Command::Image(ImageCommand::Tag(args)) => commands::image::tag(&layout, &args),
         Command::Image(ImageCommand::Prune(args)) => commands::image::prune(&layout, &args),
-        Command::Doctor(args) => commands::doctor::doctor(&layout, &args),
+        Command::Doctor(args) => commands::doctor::doctor(&layout, &settings, wrong.as_ref(), &args),
     }
 }

@@ -78,7 +78,7 @@ fn create(id: &str, spec: String, stdio: Stdio) -> Result<CreateContainerRespons
         spec,
         rootfs: Some(rootfs()),
         stdio: Some(stdio),
-        files: Vec::new(),
+        ..CreateContainerRequest::default()
     };
     call("CreateContainer", &request)
 }

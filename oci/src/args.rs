@@ -112,6 +112,10 @@ pub struct Create {
     /// Refused unless 0: a descriptor cannot go to another kernel.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub preserve_fds: u32,
+    /// The root file system is on this disk or in this image of one, and the bundle's root an empty directory:
+    /// {"type", "source", "options"} as containerd has them. Not of runc's; for the shim.
+    #[arg(long, value_name = "MOUNT")]
+    pub root_disk: Option<String>,
     #[arg(value_name = "CONTAINER")]
     pub id: String,
 }

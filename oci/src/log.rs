@@ -4,6 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io::Write;
 
 use bulkhead_runtime::logs::rfc3339;
+use bulkhead_runtime::settings::Level;
 use bulkhead_runtime::state::now_ns;
 use bulkhead_runtime::{Context, Result};
 
@@ -14,7 +15,7 @@ use crate::args::{Global, LogFormat};
 pub struct Log {
     file: Option<File>,
     format: LogFormat,
-    debug: bool,
+    level: Level,
 }
 
 impl Log {
@@ -31,7 +32,16 @@ impl Log {
                 .context(|| format!("cannot open the log {}", path.display()))
         };
         let file = global.log.as_ref().map(open).transpose()?;
-        Ok(Self { file, format: global.log_format, debug: global.debug })
+        let level = if global.debug { Level::Debug } else { Level::default() };
+        Ok(Self { file, format: global.log_format, level })
+    }
+
+    /// Writes what the settings say, or more if the command line asks for it.
+    pub fn at(mut self, level: Level) -> Self {
+        if self.level != Level::Debug {
+            self.level = level;
+        }
+        self
     }
 
     /// What ended the call. Also to standard error: engines show whichever they read.
@@ -42,15 +52,18 @@ impl Log {
 
     /// What was not done as asked.
     pub fn warn(&self, message: &str) {
+        if self.level < Level::Warning {
+            return;
+        }
         self.line("warning", message);
         if self.file.is_none() {
             eprintln!("bulkhead-oci: warning: {message}");
         }
     }
 
-    /// What is done, with `--debug`.
+    /// What is done.
     pub fn debug(&self, message: &str) {
-        if self.debug {
+        if self.level >= Level::Debug {
             self.line("debug", message);
             if self.file.is_none() {
                 eprintln!("bulkhead-oci: {message}");

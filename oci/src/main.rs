@@ -16,7 +16,7 @@ mod verbs;
 
 use std::process::ExitCode;
 
-use bulkhead_runtime::{Error, trace};
+use bulkhead_runtime::{Error, Settings, trace};
 use clap::Parser;
 
 use crate::args::{Arguments, Verb};
@@ -30,6 +30,8 @@ pub struct Context {
     pub root: Root,
     /// Where messages go.
     pub log: Log,
+    /// The administrator's.
+    pub settings: Settings,
     /// cgroupsPath names a unit of systemd's.
     pub systemd_cgroup: bool,
     /// The host's cgroups are not ours to write.
@@ -61,15 +63,16 @@ fn main() -> ExitCode {
         log.error("no verb is given: `bulkhead-oci --help` lists them");
         return ExitCode::FAILURE;
     };
-    let result = Root::new(arguments.global.root.as_deref()).and_then(|root| {
+    let result = Settings::load().and_then(|settings| {
         let global = &arguments.global;
+        let root = Root::new(global.root.as_deref(), &settings.paths)?;
+        let log = Log::open(global)?.at(settings.log.level);
         let rootless = match global.rootless.as_str() {
             "true" => true,
             "false" => false,
             _ => !rustix::process::geteuid().is_root(),
         };
-        let context =
-            Context { root, log: Log::open(global)?, systemd_cgroup: global.systemd_cgroup, rootless };
+        let context = Context { root, log, settings, systemd_cgroup: global.systemd_cgroup, rootless };
         run(&context, verb)
     });
     match result {

@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 
 use crate::config::{Bundle, Wanted};
 use crate::sandbox::guest_id;
-use crate::store::{Container, ProcessId, Root};
+use crate::store::{Container, ProcessId, Root, Status};
 
 /// How long the guest may take for each step of removing a container.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -161,7 +161,13 @@ pub fn find(root: &Root, bundle: &Bundle) -> Result<Option<Shared>> {
         Error::Usage(format!(
             "the network is that of container {}, which has no microVM to join{}",
             network.id,
-            if owner.is_some() { " before it is started" } else { " any more" }
+            match owner {
+                Some(owner) if owner.status() == Status::Running => {
+                    ": its own has the root file system as a disk and no file server for others"
+                }
+                Some(_) => " before it is started",
+                None => " any more",
+            }
         ))
     })?;
     let mut partners = Vec::new();

@@ -11,8 +11,9 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use bulkhead_runtime::network::NamespaceRef;
+use bulkhead_runtime::settings::Paths;
 use bulkhead_runtime::state::Files;
-use bulkhead_runtime::{Context, Error, Layout, Result};
+use bulkhead_runtime::{Context, Error, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::cgroup::Cgroup;
@@ -161,6 +162,8 @@ impl ProcessId {
 #[derive(Clone, Debug)]
 pub struct Root {
     dir: PathBuf,
+    /// Where sockets are.
+    run: PathBuf,
 }
 
 impl Root {
@@ -168,10 +171,10 @@ impl Root {
     ///
     /// # Errors
     /// A path that cannot be made absolute.
-    pub fn new(asked: Option<&Path>) -> Result<Self> {
-        let dir = asked.map_or_else(|| PathBuf::from("/run/bulkhead-oci"), Path::to_owned);
-        let dir = std::path::absolute(&dir).context(|| format!("cannot use {} as root", dir.display()))?;
-        Ok(Self { dir })
+    pub fn new(asked: Option<&Path>, paths: &Paths) -> Result<Self> {
+        let dir = asked.unwrap_or(&paths.oci);
+        let dir = std::path::absolute(dir).context(|| format!("cannot use {} as root", dir.display()))?;
+        Ok(Self { dir, run: paths.run.clone() })
     }
 
     fn directory(&self, id: &str) -> PathBuf {
@@ -182,7 +185,7 @@ impl Root {
     pub fn files(&self, id: &str) -> Result<Files> {
         let mut hasher = DefaultHasher::new();
         self.directory(id).hash(&mut hasher);
-        let run = Layout::new(None)?.run.join(format!("{:016x}", hasher.finish()));
+        let run = self.run.join(format!("{:016x}", hasher.finish()));
         Ok(Files { dir: self.directory(id), run })
     }
 
@@ -362,7 +365,7 @@ mod tests {
     #[test]
     fn an_id_is_given_once() {
         let dir = tempfile::tempdir().unwrap();
-        let root = Root { dir: dir.path().join("root") };
+        let root = Root { dir: dir.path().join("root"), run: dir.path().join("run") };
         DirBuilder::new().recursive(true).create(root.directory("a")).unwrap();
         let error = root.reserve("a").unwrap_err().to_string();
         assert!(error.contains("already exists"), "{error}");

@@ -10,7 +10,7 @@ use crate::spec::{self, ProcessUser};
 use crate::state::{Files, RECORD_VERSION, Record, Reservation, Status, now_ns, private_dir, remove_files};
 use crate::supervise::{self, Ask, Plan, Tell, Wire};
 use crate::terminal::{DEFAULT_DETACH_KEYS, DetachKeys, Raw, Signals};
-use crate::{Artefacts, Error, Layout, Result, names, null, terminal};
+use crate::{Artefacts, Error, Layout, Result, Settings, names, null, terminal};
 
 /// How `run` ended for its caller.
 #[derive(Debug)]
@@ -41,8 +41,9 @@ pub fn run(
     image_name: &str,
     options: RunOptions,
     name: Option<&str>,
+    settings: &Settings,
 ) -> Result<Launched> {
-    let artefacts = Artefacts::find()?;
+    let artefacts = Artefacts::find(settings)?;
     let command = spec::command(&options, image)?;
     let keys = DetachKeys::parse(options.detach_keys.as_deref().unwrap_or(DEFAULT_DETACH_KEYS))?;
     let stop_signal = match (&options.stop_signal, image.config.stop_signal.as_str()) {
@@ -121,7 +122,7 @@ fn prepare(
         &options.ulimits,
     );
     private_dir(&files.run)?;
-    let (shares, shared) = share(&files, options)?;
+    let (shares, shared) = share(&files, options, &artefacts.settings)?;
     let spec = spec::container(options, process, hostname, &record.id, &shared);
     record.save(&files)?;
     let mut ends = if options.detach { Ends::default() } else { Ends::own(options.interactive)? };
@@ -144,11 +145,11 @@ fn prepare(
 }
 
 /// Takes what the container is to see of the host; answers how the guest knows each.
-fn share(files: &Files, options: &RunOptions) -> Result<(Option<Shares>, Vec<String>)> {
+fn share(files: &Files, options: &RunOptions, settings: &Settings) -> Result<(Option<Shares>, Vec<String>)> {
     if options.binds.is_empty() {
         return Ok((None, Vec::new()));
     }
-    let mut shares = Shares::new(&files.run)?;
+    let mut shares = Shares::new(&files.run, &settings.programs.virtiofsd)?;
     let paths = options
         .binds
         .iter()

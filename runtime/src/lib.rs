@@ -23,6 +23,7 @@ pub mod options;
 mod paths;
 pub mod relay;
 mod scratch;
+pub mod settings;
 pub mod shares;
 mod spec;
 pub mod state;
@@ -34,3 +35,4 @@ pub mod trace;
 
 pub use error::{Context, Error, Result};
 pub use paths::{Artefacts, Layout};
+pub use settings::Settings;

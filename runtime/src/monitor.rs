@@ -10,11 +10,13 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::FileType;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde_json::Value;
+pub use vmm::config::DiskConfig;
 use vmm::config::{
-    BootConfig, Config, ConsoleConfig, DiskConfig, EmptyNetwork, MachineConfig, NetworkConfig, VsockConfig,
+    BootConfig, Config, ConsoleConfig, EmptyNetwork, MachineConfig, NetworkConfig, VsockConfig,
 };
 
 use crate::network::{self, Network};
+use crate::settings;
 use crate::shares::Server;
 use crate::state::Files;
 use crate::template::Template;
@@ -22,10 +24,6 @@ use crate::{Artefacts, Context, Error, Result, null};
 
 /// What the guest's kernel and agent need beside the container, in MiB.
 const OVERHEAD_MIB: u64 = 64;
-/// Memory of a machine whose container has no limit, in MiB. It is not taken before it is used.
-const DEFAULT_MIB: u64 = 512;
-/// How long a guest may take to boot.
-const BOOT_PATIENCE: Duration = Duration::from_secs(60);
 /// How long a monitor may take to end once told to.
 const END_PATIENCE: Duration = Duration::from_secs(10);
 /// How much of a monitor's words is shown, in bytes.
@@ -47,15 +45,17 @@ pub struct Shape {
 }
 
 impl Shape {
-    /// Room for a container with these limits.
-    pub fn new(memory: Option<u64>, milli_cpus: Option<u64>) -> Self {
-        let memory = memory.map_or(DEFAULT_MIB, |bytes| {
+    /// Room for a container with these limits; what the settings say where it has none.
+    pub fn new(memory: Option<u64>, milli_cpus: Option<u64>, default: &settings::Machine) -> Self {
+        let memory = memory.map_or(default.memory.0 >> 20, |bytes| {
             // The kernel's own tables grow with memory: 64 bytes for each page, and some.
             let mib = bytes.div_ceil(1 << 20);
             mib + OVERHEAD_MIB + mib / 32
         });
         Self {
-            vcpus: u8::try_from(milli_cpus.unwrap_or(1000).div_ceil(1000)).unwrap_or(u8::MAX).max(1),
+            vcpus: u8::try_from(milli_cpus.map_or(default.vcpus.into(), |cpus| cpus.div_ceil(1000)))
+                .unwrap_or(u8::MAX)
+                .max(1),
             memory_mib: u32::try_from(memory).unwrap_or(u32::MAX),
         }
     }
@@ -105,7 +105,9 @@ pub(crate) fn outline(artefacts: &Artefacts, files: &Files, shape: &Shape) -> Co
         boot: Some(BootConfig {
             kernel: artefacts.kernel.clone(),
             initramfs: Some(artefacts.initramfs.clone()),
-            cmdline: CMDLINE.into(),
+            cmdline: format!("{CMDLINE} {}", artefacts.settings.machine.kernel_parameters)
+                .trim_end()
+                .to_owned(),
         }),
         restore: None,
         disks: Vec::new(),
@@ -131,6 +133,8 @@ pub struct Monitor {
     template: Option<Template>,
     /// Where the agent calls when it is up.
     pub ready: UnixListener,
+    /// How long the guest may take to boot.
+    patience: Duration,
     discarded: bool,
 }
 
@@ -199,7 +203,8 @@ impl Monitor {
         let child = command.spawn().context(what)?;
         let pid = Pid::from_child(&child);
         let pidfd = pidfd_open(pid, PidfdFlags::empty()).context(what)?;
-        Ok(Self { child, pidfd, files: files.clone(), template: None, ready, discarded: false })
+        let patience = Duration::from_secs(artefacts.settings.machine.boot_timeout.into());
+        Ok(Self { child, pidfd, files: files.clone(), template: None, ready, patience, discarded: false })
     }
 
     /// Its process id.
@@ -213,7 +218,7 @@ impl Monitor {
         interrupt: &impl std::os::fd::AsFd,
         mut given_up: impl FnMut() -> bool,
     ) -> Result<()> {
-        let deadline = Instant::now() + BOOT_PATIENCE;
+        let deadline = Instant::now() + self.patience;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -261,7 +266,7 @@ impl Monitor {
                 |error| format!("the monitor does not answer either: {error}"),
                 |status| describe(&status),
             );
-        format!("the guest's agent did not come up within {} seconds; {status}", BOOT_PATIENCE.as_secs())
+        format!("the guest's agent did not come up within {} seconds; {status}", self.patience.as_secs())
     }
 
     /// Why the monitor ended, in its own words. One that has only lost its agent is ended.

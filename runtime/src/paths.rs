@@ -3,6 +3,7 @@
 use std::env;
 use std::path::{Path, PathBuf};
 
+use crate::settings::{self, Settings};
 use crate::state::RUN_ID;
 use crate::{Error, Result};
 
@@ -19,13 +20,13 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// `/var/lib/bulkhead` and `/run/bulkhead`, or everything under `root`.
+    /// Those of the settings, or everything under `root`.
     ///
     /// # Errors
     /// A root that is relative or too long for the sockets below it.
-    pub fn new(root: Option<&Path>) -> Result<Self> {
+    pub fn new(root: Option<&Path>, paths: &settings::Paths) -> Result<Self> {
         let Some(root) = root else {
-            return Ok(Self { data: "/var/lib/bulkhead".into(), run: "/run/bulkhead".into() });
+            return Ok(Self { data: paths.data.clone(), run: paths.run.clone() });
         };
         let root = std::path::absolute(root)
             .map_err(|source| Error::Io { what: format!("cannot use {} as root", root.display()), source })?;
@@ -64,7 +65,7 @@ impl Layout {
     }
 }
 
-/// The files a sandbox is made from.
+/// The files a sandbox is made from, and what the administrator says of it.
 #[derive(Clone, Debug)]
 pub struct Artefacts {
     /// The monitor's program.
@@ -73,15 +74,17 @@ pub struct Artefacts {
     pub kernel: PathBuf,
     /// The guest agent in a cpio archive.
     pub initramfs: PathBuf,
+    /// What goes with them.
+    pub settings: Settings,
 }
 
 impl Artefacts {
     /// Looks beside the running program, in `../share/bulkhead` and, for a build tree, in `.cache` of the checkout.
-    /// `BULKHEAD_VMM`, `BULKHEAD_KERNEL` and `BULKHEAD_INITRAMFS` name them outright.
+    /// `BULKHEAD_VMM`, `BULKHEAD_KERNEL` and `BULKHEAD_INITRAMFS` name them outright, then the settings.
     ///
     /// # Errors
     /// One is missing; the error says where it was looked for.
-    pub fn find() -> Result<Self> {
+    pub fn find(settings: &Settings) -> Result<Self> {
         let program = env::current_exe()
             .map_err(|source| Error::Io { what: "cannot tell where bulkhead is installed".into(), source })?;
         let bin = program.parent().unwrap_or(Path::new("/"));
@@ -89,28 +92,39 @@ impl Artefacts {
         // target/<triple>/<profile>/bulkhead of a checkout.
         let cache = bin.join("../../../.cache");
         Ok(Self {
-            monitor: pick("BULKHEAD_VMM", "monitor", [bin.join("bulkhead-vmm"), share.join("bulkhead-vmm")])?,
+            monitor: pick(
+                "BULKHEAD_VMM",
+                ("monitor", "programs.monitor", &settings.programs.monitor),
+                [bin.join("bulkhead-vmm"), share.join("bulkhead-vmm")],
+            )?,
             kernel: pick(
                 "BULKHEAD_KERNEL",
-                "guest kernel",
+                ("guest kernel", "machine.kernel", &settings.machine.kernel),
                 [share.join("vmlinux"), bin.join("vmlinux"), cache.join("kernel/current/vmlinux")],
             )?,
             initramfs: pick(
                 "BULKHEAD_INITRAMFS",
-                "guest initramfs",
+                ("guest initramfs", "machine.initramfs", &settings.machine.initramfs),
                 [share.join("initramfs.cpio"), bin.join("initramfs.cpio"), cache.join("initramfs.cpio")],
             )?,
+            settings: settings.clone(),
         })
     }
 }
 
-fn pick<const N: usize>(variable: &str, what: &str, places: [PathBuf; N]) -> Result<PathBuf> {
-    if let Some(path) = env::var_os(variable) {
-        let path = PathBuf::from(path);
+/// `what`: its name for people, the key of the settings, and what that says.
+fn pick<const N: usize>(variable: &str, what: (&str, &str, &Path), places: [PathBuf; N]) -> Result<PathBuf> {
+    let (what, key, set) = what;
+    let named = match env::var_os(variable) {
+        Some(path) => Some((variable.to_owned(), PathBuf::from(path))),
+        None if set.as_os_str().is_empty() => None,
+        None => Some((format!("{key} in {}", settings::source()), set.to_owned())),
+    };
+    if let Some((by, path)) = named {
         return if path.exists() {
             Ok(path)
         } else {
-            Err(Error::Usage(format!("{variable} names {}, which does not exist", path.display())))
+            Err(Error::Usage(format!("{by} names {}, which does not exist", path.display())))
         };
     }
     places.iter().find(|path| path.exists()).cloned().ok_or_else(|| {
@@ -128,8 +142,9 @@ mod tests {
 
     #[test]
     fn a_root_too_long_for_sockets_is_refused() {
+        let paths = settings::Paths::default();
         let root = PathBuf::from(format!("/{}", "x".repeat(80)));
-        assert!(Layout::new(Some(&root)).is_err());
-        assert!(Layout::new(Some(Path::new("/tmp/b"))).is_ok());
+        assert!(Layout::new(Some(&root), &paths).is_err());
+        assert!(Layout::new(Some(Path::new("/tmp/b")), &paths).is_ok());
     }
 }

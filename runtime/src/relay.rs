@@ -3,13 +3,16 @@
 //! Each direction is a thread with one buffer: a reader that does not keep up stops the guest's writer and nothing
 //! else, so `cat | bulkhead run -i … cat` cannot lock itself up.
 
+use std::convert::Infallible;
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use bulkhead_protocol::agent::Stdio;
 use bulkhead_protocol::agent::stream_hello::Kind;
@@ -86,6 +89,8 @@ impl Ends {
 /// A relay under way.
 pub struct Relay {
     outputs: Vec<JoinHandle<()>>,
+    /// Says nothing, and is closed when all outputs have ended.
+    ended: Receiver<Infallible>,
     shared: Arc<Shared>,
     /// Becomes readable when the person has typed the detach keys; closed when input has ended.
     pub detached: UnixStream,
@@ -98,6 +103,8 @@ struct Shared {
     /// and who reads the other end sees its end at once.
     ends: Mutex<[Option<Arc<OwnedFd>>; 2]>,
     released: AtomicBool,
+    /// Bytes that were passed on.
+    passed: AtomicU64,
 }
 
 impl Shared {
@@ -121,14 +128,20 @@ impl Relay {
             log: Mutex::new(ends.log),
             ends: Mutex::new([ends.output.map(Arc::new), ends.error.map(Arc::new)]),
             released: AtomicBool::new(false),
+            passed: AtomicU64::new(0),
         });
         let (detached, detacher) = UnixStream::pair().context(what)?;
         let (stop_input, stopped) = UnixStream::pair().context(what)?;
         let mut outputs = Vec::new();
+        let (end, ended) = channel();
         for (stream, kind) in [(streams.stdout, Stream::Stdout), (streams.stderr, Stream::Stderr)] {
             let Some(stream) = stream else { continue };
-            let shared = Arc::clone(&shared);
-            outputs.push(spawn("output", move || pump_output(stream, kind, &shared)).context(what)?);
+            let (shared, end) = (Arc::clone(&shared), end.clone());
+            let pump = move || {
+                pump_output(stream, kind, &shared);
+                drop(end);
+            };
+            outputs.push(spawn("output", pump).context(what)?);
         }
         if let Some(stream) = streams.stdin {
             match ends.input {
@@ -142,7 +155,7 @@ impl Relay {
                 None => drop(stream.shutdown(Shutdown::Write)),
             }
         }
-        Ok(Self { outputs, shared, detached, stop_input })
+        Ok(Self { outputs, ended, shared, detached, stop_input })
     }
 
     /// Stops reading the host's input and writing to its outputs; the log goes on.
@@ -157,6 +170,20 @@ impl Relay {
     pub fn finish(self) {
         for output in self.outputs {
             let _ = output.join();
+        }
+        let _ = self.stop_input.shutdown(Shutdown::Both);
+    }
+
+    /// The same, but gives up when nobody takes anything for so long: then the rest is lost, and what still waits for a
+    /// reader ends with the calling process.
+    pub fn finish_unless_stalled(self, patience: Duration) {
+        let mut before = self.shared.passed.load(Ordering::Relaxed);
+        while let Err(RecvTimeoutError::Timeout) = self.ended.recv_timeout(patience) {
+            let now = self.shared.passed.load(Ordering::Relaxed);
+            if now == before {
+                break;
+            }
+            before = now;
         }
         let _ = self.stop_input.shutdown(Shutdown::Both);
     }
@@ -189,7 +216,10 @@ fn pump_output(mut stream: UnixStream, kind: Stream, shared: &Shared) {
 fn write_all(fd: &OwnedFd, mut bytes: &[u8], shared: &Shared) -> rustix::io::Result<()> {
     while !bytes.is_empty() {
         match rustix::io::write(fd, bytes) {
-            Ok(written) => bytes = bytes.get(written..).unwrap_or_default(),
+            Ok(written) => {
+                shared.passed.fetch_add(written as u64, Ordering::Relaxed);
+                bytes = bytes.get(written..).unwrap_or_default();
+            }
             Err(rustix::io::Errno::INTR) => {}
             // The descriptor was handed to us non-blocking: somebody else's choice, so only wait.
             Err(rustix::io::Errno::AGAIN) => {
@@ -295,6 +325,39 @@ mod tests {
         echo.join().unwrap();
         relay.finish();
         assert!(reader.join().unwrap() == expected);
+    }
+
+    #[test]
+    fn an_output_that_nobody_reads_is_given_up_and_one_that_is_read_slowly_is_not() {
+        let relay = |output: File| {
+            let (guest, stream) = UnixStream::pair().unwrap();
+            let streams = Streams { stdin: None, stdout: Some(stream), stderr: None };
+            let relay =
+                Relay::start(streams, Ends { output: Some(output.into()), ..Ends::default() }).unwrap();
+            (relay, guest)
+        };
+        let much = vec![7; 200 << 10];
+        let (_unread, output) = pipe();
+        let (stalled, mut guest) = relay(output);
+        let writer = thread::spawn(move || drop(guest.write_all(&vec![7; 200 << 10])));
+        stalled.finish_unless_stalled(Duration::from_millis(50));
+        drop(writer);
+
+        let (mut seen, output) = pipe();
+        let (slow, mut guest) = relay(output);
+        let sent = much.len();
+        let writer = thread::spawn(move || guest.write_all(&much).unwrap());
+        let reader = thread::spawn(move || {
+            let (mut all, mut part) = (0, vec![0; 20 << 10]);
+            while let Ok(read @ 1..) = seen.read(&mut part) {
+                all += read;
+                thread::sleep(Duration::from_millis(20));
+            }
+            all
+        });
+        slow.finish_unless_stalled(Duration::from_secs(20));
+        writer.join().unwrap();
+        assert_eq!(reader.join().unwrap(), sent);
     }
 
     #[test]

@@ -14,8 +14,6 @@ use rustix::fs::SeekFrom;
 use crate::state::private_dir;
 use crate::{Context, Error, Layout, Result};
 
-/// The writable layer's size when the person names none.
-pub(crate) const DEFAULT_SIZE: u64 = 10 << 30;
 /// Under this ext4 has hardly room for itself.
 const MIN_SIZE: u64 = 4 << 20;
 
@@ -136,11 +134,12 @@ mod tests {
     #[test]
     fn a_scratch_disk_is_sparse_and_made_from_one_template() {
         let dir = tempfile::tempdir().unwrap();
-        let layout = Layout::new(Some(dir.path())).unwrap();
+        let layout = Layout::new(Some(dir.path()), &crate::settings::Paths::default()).unwrap();
         let disk = dir.path().join("disk");
-        create(&layout, &disk, DEFAULT_SIZE).unwrap();
+        let size = crate::settings::Run::default().storage.0;
+        create(&layout, &disk, size).unwrap();
         let metadata = fs::metadata(&disk).unwrap();
-        assert_eq!(metadata.len(), DEFAULT_SIZE);
+        assert_eq!(metadata.len(), size);
         assert!(metadata.blocks() * 512 < 4 << 20, "{} bytes", metadata.blocks() * 512);
         assert!(create(&layout, &dir.path().join("small"), 1 << 20).is_err());
         assert_eq!(fs::read_dir(layout.scratch_templates()).unwrap().count(), 1);

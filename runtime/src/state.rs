@@ -510,7 +510,7 @@ mod tests {
 
     fn layout() -> (tempfile::TempDir, Layout) {
         let dir = tempfile::tempdir().unwrap();
-        let layout = Layout::new(Some(dir.path())).unwrap();
+        let layout = Layout::new(Some(dir.path()), &crate::settings::Paths::default()).unwrap();
         (dir, layout)
     }
 
@@ -562,8 +562,7 @@ mod tests {
         assert_eq!(Record::load(&layout, &id).unwrap().status, Status::Running);
         drop(reservation);
         let after = Record::load(&layout, &id).unwrap();
-        assert_eq!(after.status, Status::Exited);
-        assert_eq!(after.exit.unwrap().code, 137);
+        assert_eq!((after.status, after.exit.unwrap().code), (Status::Exited, 137));
     }
 
     #[test]
@@ -595,8 +594,7 @@ mod tests {
         let (_dir, layout) = layout();
         drop(Reservation::make(&layout, Some("web")).unwrap());
         assert!(list(&layout).unwrap().is_empty());
-        for dir in [layout.containers(), layout.names()] {
-            assert_eq!(fs::read_dir(&dir).unwrap().count(), 0, "{}", dir.display());
-        }
+        let left = [layout.containers(), layout.names()].map(|dir| fs::read_dir(dir).unwrap().count());
+        assert_eq!(left, [0, 0], "containers and names");
     }
 }

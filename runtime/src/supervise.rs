@@ -29,7 +29,7 @@ use crate::relay::{Ends, Relay, Streams};
 use crate::shares::{Lifetime, Server, Shares};
 use crate::state::{Exit, Files, Record, Status, now_ns, release, remove_files};
 use crate::template::{self, Wanted};
-use crate::{Artefacts, Context, Error, Layout, Result, logs, names, scratch, shares, trace};
+use crate::{Artefacts, Context, Error, Layout, Result, Settings, logs, names, scratch, shares, trace};
 
 /// Said by the caller of `run` to the supervisor.
 #[derive(Debug, Serialize, Deserialize)]
@@ -195,7 +195,7 @@ impl Supervisor {
             layers: self.plan.layers.clone(),
             ..DiskConfig::default()
         }];
-        let storage = record.options.storage.unwrap_or(scratch::DEFAULT_SIZE);
+        let storage = record.options.storage.unwrap_or(self.plan.artefacts.settings.run.storage.0);
         if storage > 0 {
             scratch::create(layout, &files.scratch(), storage)?;
             trace::mark("scratch disk made");
@@ -212,8 +212,9 @@ impl Supervisor {
             self.server = Some(shares.start(Lifetime::Parent, &log)?);
             trace::mark("virtiofsd spawned");
         }
-        let shape = Shape::new(record.options.memory, record.options.milli_cpus);
-        let links = links(record)?;
+        let settings = &self.plan.artefacts.settings;
+        let shape = Shape::new(record.options.memory, record.options.milli_cpus, &settings.machine);
+        let links = links(record, settings)?;
         if record.options.network.is_some() {
             trace::mark("network joined");
         }
@@ -277,9 +278,9 @@ impl Supervisor {
     }
 
     fn start_container(&mut self, agent: &mut Agent) -> Result<Relay> {
-        let Plan { record, layers, spec, files, ends, hostname, .. } = &mut self.plan;
+        let Plan { record, layers, spec, files, ends, hostname, artefacts, .. } = &mut self.plan;
         let options = &record.options;
-        let storage = options.storage.unwrap_or(scratch::DEFAULT_SIZE);
+        let storage = options.storage.unwrap_or(artefacts.settings.run.storage.0);
         let writable = if storage > 0 {
             Filesystem { fstype: "ext4".into(), source: "/dev/vdb".into(), options: Vec::new() }
         } else {
@@ -297,13 +298,14 @@ impl Supervisor {
             rootfs: Some(Rootfs {
                 layers: (1..=layers.len()).map(erofs).collect(),
                 writable: Some(writable),
-                shared: String::new(),
+                ..Rootfs::default()
             }),
             stdio: Some(stdio),
             files: etc(hostname, options, &self.network)
                 .into_iter()
                 .filter(|file| !options.covers(&file.path))
                 .collect(),
+            pause: false,
         };
         let _: CreateContainerResponse = agent.call("CreateContainer", &request).map_err(cannot_start)?;
         trace::mark("container created");
@@ -444,7 +446,7 @@ impl Supervisor {
 }
 
 /// Joins the network that was wished for.
-fn links(record: &Record) -> Result<Links> {
+fn links(record: &Record, settings: &Settings) -> Result<Links> {
     match &record.options.network {
         NetworkWish::None => Ok(Links::default()),
         NetworkWish::Namespace(namespace) => {
@@ -452,7 +454,7 @@ fn links(record: &Record) -> Result<Links> {
             Ok(Links { network: attachment.network, fds: attachment.taps, ..Links::default() })
         }
         NetworkWish::Passt => {
-            let passt = Passt::start(&record.options.publish)?;
+            let passt = Passt::start(&record.options.publish, &settings.programs.passt)?;
             Ok(Links { network: passt.network, fds: vec![passt.socket], ..Links::default() })
         }
     }

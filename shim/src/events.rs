@@ -3,7 +3,7 @@
 use std::os::fd::IntoRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use containerd_shim_protos::events::task::{
     TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskOOM, TaskPaused,
@@ -22,9 +22,10 @@ use crate::log;
 use crate::reap::Exit;
 use crate::tasks::{Event, Stdio};
 
-/// Events that wait for containerd, at most. When there are more, tasks wait too.
+/// Events that wait for containerd, at most. When there are more, tasks wait too, though never for long: nothing waits
+/// longer than its patience, so the queue is empty soon.
 const ROOM: usize = 1024;
-/// How long one event is tried for before it is given up.
+/// How old an event becomes before it is given up, when containerd has not taken it.
 const PATIENCE: Duration = Duration::from_secs(30);
 const PAUSE: Duration = Duration::from_millis(200);
 /// How long containerd may take to say that it has one.
@@ -33,32 +34,48 @@ const ANSWER: Duration = Duration::from_secs(5);
 /// The way to containerd.
 #[derive(Clone, Debug)]
 pub struct Publisher {
-    queue: SyncSender<(SystemTime, Event)>,
+    queue: SyncSender<Happened>,
 }
 
 impl Publisher {
     /// Sends to containerd's socket `address`, in a thread of its own.
     pub fn start(address: String, namespace: String) -> Self {
+        Self::patient(address, namespace, PATIENCE)
+    }
+
+    fn patient(address: String, namespace: String, patience: Duration) -> Self {
         let (queue, events) = sync_channel(ROOM);
-        std::thread::spawn(move || Connection { address, namespace, client: None }.run(&events));
+        std::thread::spawn(move || Connection { address, namespace, patience, client: None }.run(&events));
         Self { queue }
     }
 
     /// Takes an event, to be sent after those before it.
     pub fn publish(&self, event: Event) {
-        let _ = self.queue.send((SystemTime::now(), event));
+        let _ = self.queue.send(Happened { at: SystemTime::now(), since: Instant::now(), event });
     }
+}
+
+/// An event, and when it happened.
+#[derive(Debug)]
+struct Happened {
+    /// For containerd.
+    at: SystemTime,
+    /// For us: the other clock may be set.
+    since: Instant,
+    event: Event,
 }
 
 struct Connection {
     address: String,
     namespace: String,
+    patience: Duration,
     client: Option<EventsClient>,
 }
 
 impl Connection {
-    fn run(mut self, events: &Receiver<(SystemTime, Event)>) {
-        for (at, event) in events {
+    fn run(mut self, events: &Receiver<Happened>) {
+        let mut lost = 0_u64;
+        for Happened { at, since, event } in events {
             let Some((topic, any)) = message(&event) else { continue };
             let envelope = Envelope {
                 timestamp: MessageField::some(timestamp(at)),
@@ -69,11 +86,21 @@ impl Connection {
             };
             let request =
                 ForwardRequest { envelope: MessageField::some(envelope), ..ForwardRequest::default() };
-            let until = SystemTime::now() + PATIENCE;
-            while let Err(error) = self.send(&request) {
+            loop {
+                let Err(error) = self.send(&request) else {
+                    if lost > 0 {
+                        log(&format!("containerd is back; {lost} events were lost"));
+                        lost = 0;
+                    }
+                    break;
+                };
                 self.client = None;
-                if SystemTime::now() > until {
-                    log(&format!("the event {topic} is lost, containerd does not take it: {error}"));
+                if since.elapsed() > self.patience {
+                    // Once, not for each.
+                    if lost == 0 {
+                        log(&format!("the event {topic} is lost, containerd does not take it: {error}"));
+                    }
+                    lost += 1;
                     break;
                 }
                 std::thread::sleep(PAUSE);
@@ -173,7 +200,68 @@ pub fn any<M: MessageFull>(message: &M) -> Option<Any> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc::{Sender, channel};
+    use std::sync::{Arc, Mutex};
+
+    use containerd_shim_protos::api::Empty;
+    use containerd_shim_protos::shim_sync::{Events, create_events};
+    use containerd_shim_protos::ttrpc::{Result as RpcResult, Server, TtrpcContext};
+
     use super::*;
+
+    /// containerd, as far as events go.
+    struct Containerd(Mutex<Sender<String>>);
+
+    impl Events for Containerd {
+        fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> RpcResult<Empty> {
+            let event = request.envelope.event.clone().unwrap_or_default();
+            let task = containerd_shim_protos::protobuf::Message::parse_from_bytes(&event.value);
+            let task: TaskOOM = task.unwrap_or_default();
+            let _ = self.0.lock().unwrap().send(task.container_id);
+            Ok(Empty::default())
+        }
+    }
+
+    fn serve(socket: &str) -> (Server, Receiver<String>) {
+        let (sender, told) = channel();
+        let _ = std::fs::remove_file(socket);
+        let address = format!("unix://{socket}");
+        let mut server = Server::new().bind(&address).unwrap();
+        server = server.register_service(create_events(Arc::new(Containerd(Mutex::new(sender)))));
+        server.start().unwrap();
+        (server, told)
+    }
+
+    #[test]
+    fn events_wait_for_a_containerd_that_is_away_but_not_for_ever() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("ttrpc").display().to_string();
+        let oom = |id: usize| Event::Oom { id: id.to_string() };
+        let long = Duration::from_secs(30);
+
+        // Away for a while: all of them come, in order, once each.
+        let publisher = Publisher::patient(socket.clone(), "n".into(), long);
+        (0..ROOM).for_each(|id| publisher.publish(oom(id)));
+        let (server, told) = serve(&socket);
+        assert!((0..ROOM).all(|id| told.recv_timeout(long).unwrap() == id.to_string()));
+        // Gone and back, while something happens.
+        server.shutdown();
+        publisher.publish(oom(7));
+        let (server, told) = serve(&socket);
+        assert_eq!(told.recv_timeout(long).unwrap(), "7");
+        server.shutdown();
+        std::fs::remove_file(&socket).unwrap();
+
+        // Away for longer than anybody waits: many more than there is room for are all taken here, and given up; what
+        // happens when it is back is told.
+        let publisher = Publisher::patient(socket.clone(), "n".into(), Duration::ZERO);
+        (0..5 * ROOM).for_each(|_| publisher.publish(oom(0)));
+        let (server, told) = serve(&socket);
+        publisher.publish(oom(5));
+        let last = std::iter::repeat_with(|| told.recv_timeout(long).unwrap()).find(|id| id == "5");
+        assert!(last.is_some());
+        server.shutdown();
+    }
 
     #[test]
     fn every_event_has_its_topic() {

@@ -10,6 +10,7 @@ mod events;
 mod mounts;
 mod oci;
 mod reap;
+mod sandbox;
 mod serve;
 mod service;
 mod start;

@@ -2,6 +2,7 @@
 
 use std::ffi::CString;
 use std::fs;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -52,6 +53,15 @@ pub fn make(mounts: &[Mount], target: &Path) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The mount as `bulkhead-oci` takes it (`--root-disk`), if a guest can have its device itself instead.
+pub fn as_disk(mounts: &[Mount]) -> Option<String> {
+    let [Mount { kind, source, options }] = mounts else { return None };
+    let is_disk =
+        fs::metadata(source).is_ok_and(|about| about.is_file() || about.file_type().is_block_device());
+    (matches!(kind.as_str(), "ext4" | "erofs") && is_disk)
+        .then(|| serde_json::json!({"type": kind, "source": source, "options": options}).to_string())
 }
 
 /// Takes away all that is mounted on `target`.
@@ -199,6 +209,24 @@ mod tests {
         assert!(sorted.bind && sorted.flags == Some(MountFlags::RDONLY));
         assert_eq!(sorted.data, ["size=1m"]);
         assert!(sort(&words(&["loop"])).is_err());
+    }
+
+    #[test]
+    fn a_disk_is_the_guests_to_mount() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("image");
+        fs::write(&image, "").unwrap();
+        let mount = |kind: &str, source: &Path| Mount {
+            kind: kind.into(),
+            source: source.display().to_string(),
+            options: words(&["rw", "loop"]),
+        };
+        let disk = as_disk(&[mount("ext4", &image)]).unwrap();
+        assert!(disk.contains(r#""type":"ext4""#) && disk.contains(r#"["rw","loop"]"#), "{disk}");
+        assert_eq!(as_disk(&[mount("xfs", &image)]), None);
+        assert_eq!(as_disk(&[mount("ext4", dir.path())]), None);
+        assert_eq!(as_disk(&[mount("ext4", &image), mount("ext4", &image)]), None);
+        assert_eq!(as_disk(&[]), None);
     }
 
     #[test]

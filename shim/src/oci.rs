@@ -11,6 +11,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::{Context, Result, anyhow, bail};
 use serde_json::Value;
 
+use bulkhead_runtime::Settings;
+
 use crate::mounts::{self, Mount};
 use crate::reap::Reaper;
 use crate::stdio::{Names, Open, Prepared};
@@ -18,10 +20,6 @@ use crate::tasks::{Backend, Create, Made, Stdio};
 
 /// Names the program outright.
 const VARIABLE: &str = "BULKHEAD_OCI";
-/// Where the states of containers are, below it by namespace.
-const ROOT: &str = "/run/containerd/bulkhead";
-/// Sockets for terminals: their paths must be short.
-const CONSOLES: &str = "/run/containerd/bulkhead/s";
 /// In a bundle: what `bulkhead-oci` logs.
 const LOG: &str = "log.json";
 /// The most that is read of what a call prints or logs.
@@ -41,7 +39,10 @@ pub struct More {
 pub struct Oci {
     program: PathBuf,
     namespace: String,
+    /// States of containers.
     root: PathBuf,
+    /// Sockets for terminals: their paths must be short.
+    consoles: PathBuf,
     reaper: Arc<Reaper>,
     bundles: Mutex<HashMap<String, Known>>,
 }
@@ -56,16 +57,20 @@ struct Known {
 }
 
 impl Oci {
-    /// The program, beside this one or in PATH.
+    /// The program: as the settings say, beside this one, or in PATH.
     ///
     /// # Errors
-    /// The directories of states cannot be made.
+    /// The settings make no sense, or the directories of states cannot be made.
     pub fn new(namespace: &str, reaper: Arc<Reaper>) -> Result<Self> {
         let beside = std::env::current_exe().ok().map(|program| program.with_file_name("bulkhead-oci"));
         let named = std::env::var_os(VARIABLE).map(PathBuf::from);
-        let program = named.or(beside.filter(|path| path.exists())).unwrap_or_else(|| "bulkhead-oci".into());
-        let root = Path::new(ROOT).join("states").join(namespace);
-        for dir in [&root, Path::new(CONSOLES)] {
+        let settings = Settings::load()?;
+        let set = Some(settings.programs.oci).filter(|path| !path.as_os_str().is_empty());
+        let found = named.or(set).or(beside.filter(|path| path.exists()));
+        let program = found.unwrap_or_else(|| "bulkhead-oci".into());
+        let kept = settings.paths.containerd;
+        let (root, consoles) = (kept.join("states").join(namespace), kept.join("s"));
+        for dir in [&root, &consoles] {
             let mut builder = fs::DirBuilder::new();
             builder
                 .recursive(true)
@@ -74,7 +79,7 @@ impl Oci {
                 .with_context(|| format!("create {}", dir.display()))?;
         }
         let namespace = namespace.to_owned();
-        Ok(Self { program, namespace, root, reaper, bundles: Mutex::default() })
+        Ok(Self { program, namespace, root, consoles, reaper, bundles: Mutex::default() })
     }
 
     fn known(&self, id: &str) -> Result<Known> {
@@ -124,7 +129,7 @@ impl Oci {
         let mut command = self.command(known);
         let (verb, rest) = words.split_first().context("no verb")?;
         command.arg(verb).arg("--pid-file").arg(&pid_file).args(rest);
-        let prepared = Prepared::new(stdio, Path::new(CONSOLES), &names, &self.reaper, &mut command)?;
+        let prepared = Prepared::new(stdio, &self.consoles, &names, &self.reaper, &mut command)?;
         command.arg(id);
         let done = self.run_with_streams(known, &mut command);
         // The fifos are the process's now.
@@ -182,9 +187,17 @@ impl Backend for Oci {
         let systemd_cgroup = create.more.systemd_cgroup;
         let mut known = Known { bundle: create.bundle.clone(), systemd_cgroup, kills: None };
         let rootfs = create.bundle.join("rootfs");
-        mounts::make(&create.more.rootfs, &rootfs)?;
         let bundle = create.bundle.display().to_string();
-        let made = self.make(&create.id, &known, "init", &create.stdio, &["create", "--bundle", &bundle]);
+        let mut words = vec!["create", "--bundle", &bundle];
+        let disk = mounts::as_disk(&create.more.rootfs);
+        match &disk {
+            Some(disk) => {
+                fs::create_dir_all(&rootfs).with_context(|| format!("create {}", rootfs.display()))?;
+                words.extend(["--root-disk", disk]);
+            }
+            None => mounts::make(&create.more.rootfs, &rootfs)?,
+        }
+        let made = self.make(&create.id, &known, "init", &create.stdio, &words);
         match made {
             Ok(made) => {
                 known.kills = account_of(made.pid);

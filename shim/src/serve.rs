@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::mpsc::channel;
 
 use anyhow::{Context, Result, anyhow};
+use containerd_shim_protos::sandbox_sync::create_sandbox;
 use containerd_shim_protos::shim_sync::{Task, create_task};
 use containerd_shim_protos::ttrpc::Server;
 use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGTERM};
@@ -18,6 +19,7 @@ use crate::Flags;
 use crate::events::Publisher;
 use crate::oci::Oci;
 use crate::reap::Reaper;
+use crate::sandbox::{self, Slot};
 use crate::service::Service;
 use crate::start::LISTENER;
 use crate::tasks::Tasks;
@@ -48,16 +50,24 @@ pub fn serve(flags: &Flags) -> Result<()> {
     collect(&reaper)?;
     let publisher = Publisher::start(events, flags.namespace.clone());
     let oci = Oci::new(&flags.namespace, reaper)?;
-    let tasks = Tasks::new(oci, move |event| publisher.publish(event));
+    let pod = Arc::new(Slot::default());
+    let itself = Arc::clone(&pod);
+    let tasks = Tasks::new(oci, move |event| {
+        if !itself.is(event.id()) {
+            publisher.publish(event);
+        }
+    });
     let (done, end) = channel();
-    let task: Arc<dyn Task + Send + Sync> = Arc::new(Service::new(tasks, done));
+    let sandbox = sandbox::Service::new(Arc::clone(&pod), Arc::clone(&tasks), done.clone());
+    let task: Arc<dyn Task + Send + Sync> = Arc::new(Service::new(tasks, pod, done));
     let methods = create_task(task).into_iter();
     let methods: HashMap<_, _> =
         methods.map(|(path, method)| (path.replace(NEW_NAME, SERVICE), method)).collect();
     let mut server = Server::new()
         .add_listener(socket.into_raw_fd())
         .map_err(|error| anyhow!("cannot serve: {error}"))?
-        .register_service(methods);
+        .register_service(methods)
+        .register_service(create_sandbox(Arc::new(sandbox)));
     server.start().map_err(|error| anyhow!("cannot serve: {error}"))?;
     let _ = end.recv();
     // The answer to the call that has ended this is on its way in another thread.

@@ -22,20 +22,23 @@ use serde_json::Value;
 use crate::events::{any, timestamp};
 use crate::mounts::Mount;
 use crate::oci::{More, Oci};
+use crate::sandbox::Slot;
 use crate::stats;
 use crate::tasks::{Create, Error, Phase, Result, Stdio, Streams as _, Tasks};
 
 /// The API for one process's tasks.
 pub struct Service {
     tasks: Arc<Tasks<Oci>>,
+    /// The pod that they are of, if the sandbox API has made it.
+    pod: Arc<Slot>,
     /// Told when the process is to end.
     done: Sender<()>,
 }
 
 impl Service {
     /// Serves `tasks`; `done` is told when there is nothing left to serve.
-    pub fn new(tasks: Arc<Tasks<Oci>>, done: Sender<()>) -> Self {
-        Self { tasks, done }
+    pub fn new(tasks: Arc<Tasks<Oci>>, pod: Arc<Slot>, done: Sender<()>) -> Self {
+        Self { tasks, pod, done }
     }
 }
 
@@ -51,7 +54,7 @@ pub fn print_info() -> anyhow::Result<()> {
 }
 
 /// An error in the form that containerd tells kinds apart by.
-fn told<T>(result: Result<T>) -> RpcResult<T> {
+pub fn told<T>(result: Result<T>) -> RpcResult<T> {
     result.map_err(|error| {
         let (code, message) = match error {
             Error::NotFound(message) => (Code::NOT_FOUND, message),
@@ -119,7 +122,9 @@ impl Task for Service {
         let more = told(more(&request))?;
         let CreateTaskRequest { id, bundle, terminal, stdin, stdout, stderr, .. } = request;
         let stdio = Stdio { stdin, stdout, stderr, terminal };
-        let pid = told(self.tasks.create(&Create { id, bundle: bundle.into(), stdio, more }))?;
+        let create = Create { id, bundle: bundle.into(), stdio, more };
+        told(self.pod.furnish(&create))?;
+        let pid = told(self.tasks.create(&create))?;
         Ok(CreateTaskResponse { pid, ..CreateTaskResponse::default() })
     }
 

@@ -461,6 +461,20 @@ impl<B: Backend> Tasks<B> {
         }
     }
 
+    /// The same for a task's own process, but for no longer than `patience`.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn wait_for(&self, id: &str, patience: Duration) -> Result<Option<Exit>> {
+        let task = self.task(id)?;
+        let lives = |state: &mut State<B>| !matches!(state.init.phase, Phase::Stopped(_));
+        let waited = task.ended.wait_timeout_while(lock(&task.state), patience, lives);
+        match waited.unwrap_or_else(PoisonError::into_inner).0.init.phase {
+            Phase::Stopped(exit) => Ok(Some(exit)),
+            _ => Ok(None),
+        }
+    }
+
     /// What is known of a process.
     ///
     /// # Errors

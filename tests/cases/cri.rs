@@ -123,7 +123,7 @@ fn containers_of_a_pod(node: &Node<'_>) -> Result<()> {
     let hungry = node.start(here, "hungry", 0, "tail /dev/zero")?;
     ensure!(node.ended(&hungry)? == (137, "OOMKilled".into()), "{:?}", node.ended(&hungry)?);
     ensure!(node.cri.memory(&web)? > 0);
-    if node.handler == "bulkhead" {
+    if node.handler != "runc" {
         let count =
             |program: &str| Ok(node.host.run(["pgrep", "-c", "-f", program])?.stdout().trim().to_owned());
         let counts: Result<Vec<String>> =
@@ -151,6 +151,39 @@ fn two_pods(node: &Node<'_>) -> Result<()> {
     node.remove(&second)
 }
 
+/// What the pause container stands for where there is one: the pod's files, its shared memory, its end.
+fn without_a_pause_container(node: &Node<'_>) -> Result<()> {
+    let config = node.pod("alone");
+    let pod = node.cri.run_pod(&config, node.handler)?;
+    let here = (pod.as_str(), &config);
+    let (one, two) = (node.start(here, "one", 0, "sleep 1000")?, node.start(here, "two", 0, "sleep 1000")?);
+    let files = "cat /etc/hostname /etc/resolv.conf; grep -c localhost /etc/hosts; echo shared >/dev/shm/f";
+    let said = node.cri.exec(&one, &["sh", "-c", files])?;
+    ensure!(said.0 == "alone\nnameserver 10.99.0.1\n1\n", "{said:?}");
+    let look =
+        "cat /dev/shm/f /proc/sys/net/ipv4/ip_unprivileged_port_start; hostname; df -k /dev/shm | tail -1";
+    let said = node.cri.exec(&two, &["sh", "-c", look])?;
+    ensure!(said.0.starts_with("shared\n0\nalone\n") && said.0.contains(" 65536 "), "{said:?}");
+    ensure!(node.cri.is_ready(&pod)?);
+    ensure!(node.host.run(["pgrep", "-f", "pause"])?.stdout().is_empty(), "there is a pause container");
+    // Who kills the machine ends the pod, and containerd learns it.
+    node.host.run(["pkill", "-KILL", "-f", "bulkhead-vmm"])?.ok()?;
+    node.host.eventually("the pod's end to be told", PATIENCE, || Ok(!node.cri.is_ready(&pod)?))?;
+    for container in [&one, &two] {
+        ensure!(node.ended(container)?.0 == 137);
+    }
+    node.remove(&pod)?;
+    // Who kills the shim, too; nothing of the pod goes on.
+    let pod = node.cri.run_pod(&config, node.handler)?;
+    let one = node.start((&pod, &config), "one", 1, "sleep 1000")?;
+    node.host.run(["pkill", "-KILL", "-f", "containerd-shim-bulkhead"])?.ok()?;
+    // Until containerd has noticed, it asks in vain.
+    let gone = || Ok(node.cri.is_ready(&pod).is_ok_and(|ready| !ready));
+    node.host.eventually("the pod's end to be told", PATIENCE, gone)?;
+    node.ended(&one)?;
+    node.remove(&pod)
+}
+
 fn steps<'a>() -> [Step<Node<'a>>; 4] {
     [
         ("a pod comes and goes", comes_and_goes),
@@ -173,7 +206,10 @@ fn daemon(host: &Host, program: &str) -> Result<Daemon> {
          [plugins.\"io.containerd.grpc.v1.cri\".cni]\nbin_dir = \"/usr/lib/cni\"\nconf_dir = \"{work}/net.d\"\n\
          [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.runc]\nruntime_type = \"io.containerd.runc.v2\"\n\
          [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.bulkhead]\n\
-         runtime_type = \"io.containerd.bulkhead.v2\"\n"
+         runtime_type = \"io.containerd.bulkhead.v2\"\n\
+         [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.sandbox]\n\
+         runtime_type = \"io.containerd.bulkhead.v2\"\nsandboxer = \"shim\"\n{}",
+        crate::disks::settings(host)?
     );
     let settings = host.file("config.toml", &settings)?;
     let command = format!(
@@ -181,7 +217,11 @@ fn daemon(host: &Host, program: &str) -> Result<Daemon> {
         settings.display()
     );
     let ctr = || Program::new(["ctr", "-a", &format!("{work}/containerd.sock"), "-n", "k8s.io"]);
+    let fresh = !host.work().join(program).exists();
     let daemon = Daemon::start(host, &command, || ctr().args(["version"]))?;
+    if !fresh {
+        return Ok(daemon);
+    }
     let bin = host.work().join("pause/bin");
     fs::create_dir_all(&bin)?;
     fs::copy("/usr/bin/busybox", bin.join("busybox"))?;
@@ -219,12 +259,38 @@ fn newer_containerds_take_the_shim(host: &Host) -> Result<()> {
     let programs: Vec<_> = names.filter(is_newer).collect();
     ensure!(programs.len() == 2, "the host has {programs:?}");
     for program in &programs {
-        let done = with_containerd(host, program, || {
-            side_by_side(&[(program.as_str(), node(host, program, "bulkhead")?.1)], &[quick, whole])
-        });
+        let done = if program.starts_with("containerd-1") {
+            with_containerd(host, program, || {
+                side_by_side(&[(program.as_str(), node(host, program, "bulkhead")?.1)], &[quick, whole])
+            })
+        } else {
+            by_both_ways(host, program)
+        };
         done.with_context(|| program.clone())?;
     }
     Ok(())
+}
+
+/// containerd 2 and later: with a pause container, and by the sandbox API.
+fn by_both_ways(host: &Host, program: &str) -> Result<()> {
+    let [quick, _, whole, _] = steps();
+    let first = daemon(host, program)?;
+    side_by_side(&[(program, node(host, program, "bulkhead")?.1)], &[quick])?;
+    // A pod that outlives its containerd.
+    let (_, old) = node(host, program, "sandbox")?;
+    let config = old.pod("stays");
+    let pod = old.cri.run_pod(&config, old.handler)?;
+    let container = old.start((&pod, &config), "stays", 0, "sleep 1000")?;
+    first.end(&[])?;
+    with_containerd(host, program, || {
+        let (_, node) = node(host, program, "sandbox")?;
+        ensure!(node.cri.is_ready(&pod)?, "containerd has lost the pod");
+        ensure!(node.cri.exec(&container, &["hostname"])?.0 == "stays\n");
+        node.remove(&pod)?;
+        let alone: Step<_> = ("no pause container", without_a_pause_container);
+        side_by_side(&[("sandbox API", node)], &[quick, whole, alone])?;
+        crate::disks::roots_on_disks(host).context("disks")
+    })
 }
 
 fn node<'a>(host: &'a Host, containerd: &str, handler: &'static str) -> Result<(&'static str, Node<'a>)> {

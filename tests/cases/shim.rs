@@ -175,8 +175,36 @@ fn events_come_in_order_and_streams_are_whole(host: &Host) -> Result<()> {
     })?;
     ctr.all(&[&["task", "delete", "logged"], &["containers", "rm", "logged"]])?;
 
-    // A process that was added ends by SIGKILL, in the guest too.
+    // A fifo that nobody reads stops who writes, and nothing else.
     ctr.run(&["-d"], "life", LOOP)?.ok()?;
+    let script = ["sh", "-c", "yes | head -c 4000000; touch /done; echo the end; yes"];
+    ctr.run(&["-d"], "full", &script)?.ok()?;
+    let done = || -> Result<bool> {
+        let test = ["task", "exec", "--exec-id", "look", "full", "test", "-e", "/done"];
+        Ok(ctr.call(&test)?.status == 0)
+    };
+    ensure!(!done()?, "nobody reads, and it has all been written");
+    ctr.call(&["task", "exec", "--exec-id", "e", "life", "echo", "alive"])?.ok()?.stdout_is("alive\n")?;
+    for process in ["containerd-shim-bulkhead-v2 -namespace", "bulkhead-oci.*full"] {
+        let pids = host.run(["pgrep", "-f", process])?.ok()?.stdout();
+        for pid in pids.lines() {
+            let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+            let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap_or("").trim();
+            let kib: u64 = resident.trim_end_matches(" kB").parse().with_context(|| process.to_owned())?;
+            ensure!(kib < 16 << 10, "{process} holds {kib} KiB");
+        }
+    }
+    let fifo = Program::new(["sh", "-c", "exec cat /run/containerd/fifo/*/full-stdout"]).spawn()?;
+    host.eventually("the rest to be written", PATIENCE, &done)?;
+    fifo.wait_for("the end", PATIENCE)?;
+    fifo.signal(rustix::process::Signal::KILL)?;
+    fifo.wait()?;
+    ctr.all(&[&["task", "kill", "-s", "KILL", "full"]])?;
+    ctr.is("full", "STOPPED")?;
+    ctr.call(&["task", "delete", "full"])?.stderr_has("exit code 137")?;
+    ctr.all(&[&["containers", "rm", "full"]])?;
+
+    // A process that was added ends by SIGKILL, in the guest too.
     ctr.call(&["task", "exec", "-d", "--exec-id", "e", "life", "sleep", "7777"])?.ok()?;
     let others = || -> Result<bool> {
         let look = ["task", "exec", "--exec-id", "look", "life", "sh", "-c", "ps | grep -q 'sleep 777[7]'"];
@@ -241,6 +269,23 @@ fn it_takes_callers_that_are_not_containerd(host: &Host) -> Result<()> {
             bail!("{method} of nothing works")
         };
         ensure!(!error.to_string().is_empty());
+    }
+    // The same of the sandbox API; what makes a pod has to be a pod's description.
+    for method in [
+        "CreateSandbox",
+        "StartSandbox",
+        "Platform",
+        "StopSandbox",
+        "WaitSandbox",
+        "SandboxStatus",
+        "PingSandbox",
+    ] {
+        let mut client = Client::new(UnixStream::connect(&path)?, "containerd.runtime.sandbox.v1.Sandbox");
+        let Err(error) = client.call::<Connected>(method, &request) else {
+            bail!("{method} of nothing works")
+        };
+        let word = if method == "CreateSandbox" { "PodSandboxConfig" } else { "does not exist" };
+        ensure!(error.to_string().contains(word), "{method}: {error}");
     }
     let _ = call()?.call::<Connected>("Shutdown", &request);
     host.eventually("its end", PATIENCE, || {

@@ -109,6 +109,16 @@ impl Cri {
         memory.map(|number| number.value).context("it says nothing of memory")
     }
 
+    /// Whether a pod is ready.
+    ///
+    /// # Errors
+    /// The runtime's.
+    pub fn is_ready(&self, id: &str) -> Result<bool> {
+        let answer: PodStatusAnswer = self.call("PodSandboxStatus", Id { id: id.to_owned() })?;
+        // SANDBOX_READY of `PodSandboxState`.
+        Ok(answer.status.context("it says nothing")?.state == 0)
+    }
+
     /// A pod's address.
     ///
     /// # Errors
@@ -338,6 +348,8 @@ struct PodStatusAnswer {
 
 #[derive(Clone, PartialEq, Message)]
 struct PodStatus {
+    #[prost(int32, tag = "3")]
+    state: i32,
     #[prost(message, optional, tag = "5")]
     network: Option<PodNetwork>,
 }

@@ -15,6 +15,15 @@ const LOADED: &[&str] = &["busybox", "python", "redis"];
 #[derive(Debug, Default)]
 pub struct Layout {
     files: Vec<(PathBuf, String)>,
+    /// What `make install` puts there.
+    install: Option<Install>,
+}
+
+/// What `make install` takes, besides the release binaries.
+#[derive(Debug)]
+struct Install {
+    kernel: PathBuf,
+    initramfs: PathBuf,
 }
 
 impl Layout {
@@ -54,13 +63,8 @@ impl Layout {
             workspace::path_from_script(&workspace::root().join("kernel-config/build"))?.join("vmlinux");
         let images = workspace::path_from_script(&workspace::root().join("tests/images/build"))?;
 
-        let mut layout = Self::default();
-        layout.add(release.join("bulkhead"), "bin/bulkhead");
-        layout.add(release.join("bulkhead-oci"), "bin/bulkhead-oci");
-        layout.add(release.join("containerd-shim-bulkhead-v2"), "bin/containerd-shim-bulkhead-v2");
-        layout.add(release.join("bulkhead-vmm"), "bin/bulkhead-vmm");
-        layout.add(kernel, "share/bulkhead/vmlinux");
-        layout.add(archive, "share/bulkhead/initramfs.cpio");
+        let install = Some(Install { kernel, initramfs: archive });
+        let mut layout = Self { files: Vec::new(), install };
         for image in LOADED.iter().chain(&["busybox-docker"]) {
             layout.add(
                 images.join(format!("{image}.tar")),
@@ -81,15 +85,42 @@ impl Layout {
         self.files.push((file, to.to_string()));
     }
 
+    /// All that it is made of.
+    fn sources(&self) -> Vec<PathBuf> {
+        let mut sources: Vec<_> = self.files.iter().map(|(file, _)| file.clone()).collect();
+        if let Some(Install { kernel, initramfs }) = &self.install {
+            let programs = ["bulkhead", "bulkhead-oci", "bulkhead-vmm", "containerd-shim-bulkhead-v2"];
+            sources.extend(programs.map(|name| workspace::release_dir().join(name)));
+            sources.extend(["Makefile", "runtime/config.toml"].map(|name| workspace::root().join(name)));
+            sources.extend([kernel.clone(), initramfs.clone()]);
+        }
+        sources
+    }
+
     /// A name for these files as they are now.
     pub fn key(&self) -> Result<String> {
         let prints: Vec<String> =
-            self.files.iter().map(|(file, _)| workspace::fingerprint(file)).collect::<Result<_>>()?;
+            self.sources().iter().map(|file| workspace::fingerprint(file)).collect::<Result<_>>()?;
         Ok(workspace::key(prints.iter().map(String::as_str)))
     }
 
     /// Copies them under `prefix`.
     pub fn lay(&self, prefix: &Path) -> Result<()> {
+        if let Some(Install { kernel, initramfs }) = &self.install {
+            let set = |name: &str, value: &Path| format!("{name}={}", value.display());
+            // Everything is built already.
+            let installed = Command::new("make")
+                .args(["--silent", "-o", "all", "install", "PREFIX="])
+                .args([set("DESTDIR", prefix), set("RELEASE", &workspace::release_dir())])
+                .args([set("KERNEL", kernel), set("INITRAMFS", initramfs)])
+                .current_dir(workspace::root())
+                .stdin(Stdio::null())
+                .status()
+                .context("run make")?;
+            if !installed.success() {
+                bail!("make install failed with {installed}");
+            }
+        }
         for (file, to) in &self.files {
             let to = prefix.join(to);
             if let Some(parent) = to.parent() {

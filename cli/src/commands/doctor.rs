@@ -2,15 +2,16 @@
 
 use std::path::Path;
 
-use bulkhead_runtime::Layout;
 use bulkhead_runtime::doctor::{self as runtime, Verdict};
+use bulkhead_runtime::{Error, Layout, Settings};
 
 use crate::args::DoctorArgs;
 use crate::failure::Outcome;
 use crate::table::{self, Format};
 
-pub fn doctor(layout: &Layout, args: &DoctorArgs) -> Outcome {
-    let mut checks = runtime::examine(layout);
+/// `wrong`: why there are no settings but the defaults.
+pub fn doctor(layout: &Layout, settings: &Settings, wrong: Option<&Error>, args: &DoctorArgs) -> Outcome {
+    let mut checks = runtime::examine(layout, settings, wrong);
     if args.engines {
         checks.extend(runtime::engines::examine(Path::new("/")));
     }

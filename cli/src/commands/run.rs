@@ -5,14 +5,14 @@ use bulkhead_runtime::binds::Mounting;
 use bulkhead_runtime::launch::{self, Launched};
 use bulkhead_runtime::network::{NetworkWish, Port};
 use bulkhead_runtime::options::RunOptions;
-use bulkhead_runtime::{Error, Layout, doctor, trace};
+use bulkhead_runtime::{Error, Layout, Settings, doctor, trace};
 
 use super::{environment, store};
 use crate::args::RunArgs;
 use crate::failure::Outcome;
 use crate::table;
 
-pub fn run(layout: &Layout, args: RunArgs) -> Outcome {
+pub fn run(layout: &Layout, settings: &Settings, args: RunArgs) -> Outcome {
     doctor::require_kvm(layout)?;
     trace::mark("kvm known to work");
     let store = store(layout)?;
@@ -47,14 +47,14 @@ pub fn run(layout: &Layout, args: RunArgs) -> Outcome {
         storage: args.storage,
         stop_signal: args.stop_signal,
         detach_keys: args.detach_keys,
-        network: network(args.network, &args.publish)?,
+        network: network(args.network.map_or_else(|| settings.run.network(), Ok)?, &args.publish)?,
         publish: args.publish,
         dns: args.dns,
         no_template: args.no_template,
     };
     let image = find_or_pull(layout, &store, &args.image)?;
     trace::mark("image resolved");
-    match launch::run(layout, &image, &args.image, options, args.name.as_deref())? {
+    match launch::run(layout, &image, &args.image, options, args.name.as_deref(), settings)? {
         Launched::Detached { id } if args.detach => {
             table::print(&format!("{id}\n"))?;
             Ok(0)
@@ -70,8 +70,7 @@ pub fn run(layout: &Layout, args: RunArgs) -> Outcome {
 }
 
 /// Ports are published by passt; whoever prepares a namespace does that there himself.
-fn network(wish: Option<NetworkWish>, publish: &[Port]) -> Result<NetworkWish, Error> {
-    let wish = wish.unwrap_or_default();
+fn network(wish: NetworkWish, publish: &[Port]) -> Result<NetworkWish, Error> {
     if publish.is_empty() || wish == NetworkWish::Passt {
         return Ok(wish);
     }

@@ -234,7 +234,9 @@ fn finish(common: &Common<'_>, terminal: Option<Terminal>) -> Result<Infallible>
     enter_directory(&process.cwd)?;
     // A program that nobody finds is an error of the creation, as with runc: engines tell 126 and 127 by it. Looked up
     // again below, with the user's own rights.
-    find_program(&process.args, &process.env)?;
+    if !process.pause {
+        find_program(&process.args, &process.env)?;
+    }
 
     channel::send_ready(channel, terminal.as_ref().map(Terminal::master))?;
     drop(terminal);
@@ -252,6 +254,9 @@ fn finish(common: &Common<'_>, terminal: Option<Terminal>) -> Result<Infallible>
     common.capabilities.apply()?;
     if nothing_gained {
         rustix::thread::set_no_new_privs(true).context(|| "set no_new_privs")?;
+    }
+    if process.pause {
+        super::pause::pause();
     }
     let program = find_program(&process.args, &process.env)?;
     // Filters last: from here only execve and what reports its failure is called.

@@ -20,7 +20,7 @@ use super::process::{Exit, Process, Slot, State};
 use super::rootfs::Rootfs;
 use super::seccomp::Filter;
 use super::spec::{self, Spec};
-use super::{Container, check_id, shared};
+use super::{Container, check_id, disks, shared};
 use crate::agent::{Agent, Source};
 use crate::error::{Code, Context, Error, Result};
 use crate::hw;
@@ -49,9 +49,13 @@ impl Agent {
             return Err(Error::new(Code::AlreadyExists, format!("container {id} exists")));
         }
         let mut spec = Spec::parse(&request.spec)?;
+        if let Some(process) = &mut spec.process {
+            process.pause = request.pause;
+        }
         let mut namespaces = Namespaces::from_spec(&spec.linux, |id| self.init_of(id))?;
         let seccomp = spec.linux.seccomp.as_ref().map(Filter::compile).transpose()?;
         shared::take(&mut spec.mounts)?;
+        disks::renumber(&mut spec)?;
         let mut rootfs =
             Rootfs::mount(id, request.rootfs.as_ref().unwrap_or(&Layers::default()), &mut self.layers)?;
         let created = Cgroup::create(id, &spec.linux.resources, &self.machine).and_then(|cgroup| match self

@@ -49,8 +49,11 @@ impl Rootfs {
     /// The device is missing or damaged, or the request makes no sense.
     pub fn mount(id: &str, request: &agent::Rootfs, layers: &mut Layers) -> Result<Self> {
         let made = !request.layers.is_empty() || request.writable.is_some();
-        if !made && request.shared.is_empty() {
+        if !made && request.shared.is_empty() && request.root.is_none() {
             return Err(Error::invalid("the rootfs has neither a layer nor a writable file system"));
+        }
+        if request.root.is_some() && (made || !request.shared.is_empty()) {
+            return Err(Error::invalid("the rootfs is one file system, and something else besides"));
         }
         if !request.shared.is_empty() && (made || !is_shared(Path::new(&request.shared))) {
             return Err(Error::invalid(format!(
@@ -86,6 +89,11 @@ impl Rootfs {
         fs::create_dir_all(&self.path).context(|| format!("create {}", self.path.display()))?;
         if !request.shared.is_empty() {
             put_tree(take_tree(Path::new(&request.shared), true)?, &self.path)?;
+            self.mounts.push(self.path.clone());
+            return Ok(());
+        }
+        if let Some(root) = &request.root {
+            mount(root, &self.path, MountFlags::empty())?;
             self.mounts.push(self.path.clone());
             return Ok(());
         }

@@ -51,6 +51,9 @@ pub struct Process {
     pub io_priority: Option<Value>,
     #[serde(rename = "execCPUAffinity")]
     pub exec_cpu_affinity: Option<Value>,
+    /// Not of the specification: no program is executed, see [`super::pause`].
+    #[serde(skip)]
+    pub pause: bool,
 }
 
 /// `process.consoleSize`, in characters.
@@ -158,6 +161,8 @@ pub struct Device {
     pub file_mode: Option<u32>,
     pub uid: u32,
     pub gid: u32,
+    /// Not of the specification: it is this disk of the machine, with other numbers.
+    pub disk: Option<String>,
 }
 
 /// `linux.resources`.

@@ -1,8 +1,10 @@
 //! config.json: what is asked of the host is taken out and done here, the rest goes to the agent, which is strict too.
 
 mod check;
+mod disk;
 mod take;
 mod vm;
+mod volume;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -10,14 +12,17 @@ use std::io::Read;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
+use bulkhead_protocol::agent::Rootfs;
 use bulkhead_runtime::network::{NamespaceRef, names};
 use bulkhead_runtime::shares::Access;
 use bulkhead_runtime::{Context, Error, Result};
 use serde_json::{Value, json};
 
+pub use self::disk::RootDisk;
 pub use self::take::leave_hosts_out;
 use self::take::{drop_labels, keep_shared_memory_inside, take_devices, take_namespaces, take_resources};
 pub use self::vm::Vm;
+pub use self::volume::Volume;
 use crate::log::Log;
 use crate::pod::{Joined, Partner};
 use crate::sandbox::View;
@@ -34,6 +39,10 @@ pub struct Bundle {
     pub dir: PathBuf,
     /// Absolute, without links.
     pub rootfs: PathBuf,
+    /// What is the root instead, when the machine is the container's own.
+    pub root_disk: Option<RootDisk>,
+    /// Block devices that the container has.
+    pub volumes: Vec<Volume>,
     /// Run by the host.
     pub hooks: Hooks,
     /// Passed through.
@@ -108,6 +117,7 @@ impl Bundle {
         let vm = Vm::read(&spec, &annotations).map_err(in_file)?;
         let (network, joined) = take_namespaces(&mut spec).map_err(in_file)?;
         take_devices(&mut spec, log).map_err(in_file)?;
+        let volumes = volume::find(&spec).map_err(in_file)?;
         drop_labels(&mut spec, log);
         keep_shared_memory_inside(&mut spec);
         let binds = find_binds(&spec).map_err(in_file)?;
@@ -124,6 +134,8 @@ impl Bundle {
         Ok(Self {
             dir,
             rootfs,
+            root_disk: None,
+            volumes,
             hooks,
             annotations,
             process,
@@ -150,6 +162,11 @@ impl Bundle {
         names::server_in(&lines)
     }
 
+    /// Whether it has any of the host's files besides its root.
+    pub fn has_binds(&self) -> bool {
+        !self.binds.is_empty()
+    }
+
     /// The host's files that the container has.
     pub fn view(&self) -> View {
         let bind = |&index: &usize| {
@@ -159,7 +176,8 @@ impl Bundle {
         View { rootfs: self.rootfs.clone(), binds: self.binds.iter().filter_map(bind).collect() }
     }
 
-    /// Shares the root file system and all binds. Answers the guest's path of the root, and the spec for the agent.
+    /// Shares the root file system, if it is not a disk, and all binds. Answers what the root is to the guest, and the spec for
+    /// the agent.
     ///
     /// # Errors
     /// A source does not exist.
@@ -167,9 +185,12 @@ impl Bundle {
         &self,
         mut add: impl FnMut(&Path, Access) -> Result<String>,
         partners: &[Partner],
-    ) -> Result<(String, Value)> {
+    ) -> Result<(Rootfs, Value)> {
         // Read-only is the guest's to enforce for the root: the mount points in it have to be made first.
-        let root = add(&self.rootfs, Access::ReadWrite)?;
+        let root = match &self.root_disk {
+            None => Rootfs { shared: add(&self.rootfs, Access::ReadWrite)?, ..Rootfs::default() },
+            Some(disk) => Rootfs { root: Some(disk.in_guest()), ..Rootfs::default() },
+        };
         let mut spec = self.spec.clone();
         for &index in &self.binds {
             let Some(mount) = spec.pointer_mut(&format!("/mounts/{index}")) else { continue };
@@ -183,6 +204,7 @@ impl Bundle {
                 fields.insert("type".into(), "bind".into());
             }
         }
+        volume::name_disks(&mut spec, u8::from(self.root_disk.is_some()));
         if let Some(namespaces) = spec.pointer_mut("/linux/namespaces").and_then(Value::as_array_mut) {
             namespaces.extend(partners.iter().map(Partner::namespace));
         }
@@ -329,7 +351,7 @@ pub mod tests {
         assert_eq!(bundle.network, Wanted::New);
         assert_eq!(bundle.spec.pointer("/linux/namespaces").unwrap(), &json!([{"type": "pid"}]));
         assert!(bundle.spec.get("annotations").is_none());
-        let shape = bundle.shape().unwrap();
+        let shape = bundle.shape(&bulkhead_runtime::settings::Machine::default()).unwrap();
         assert_eq!(shape.vcpus, 2);
         assert!(shape.memory_mib > 128);
     }
@@ -337,13 +359,13 @@ pub mod tests {
     #[test]
     fn devices_of_the_host_are_for_the_privileged_to_do_without() {
         let with = |rules: &str| {
-            let linux = r#""linux":{"devices":[{"path":"/dev/sda","type":"b","major":8,"minor":0},
+            let linux = r#""linux":{"devices":[{"path":"/dev/tape","type":"c","major":9,"minor":0},
                 {"path":"/dev/fuse","type":"c","major":10,"minor":229}],"#;
             let config = GOOD.replace("\"linux\":{", linux);
             bundle(&config.replace("\"resources\":{", &format!("\"resources\":{{\"devices\":{rules},")))
         };
         let error = with(r#"[{"allow":false,"access":"rwm"}]"#).unwrap_err().chain();
-        assert!(error.contains("/dev/sda"), "{error}");
+        assert!(error.contains("/dev/tape"), "{error}");
         assert!(with(r#"[{"allow":true,"type":"c","access":"rwm"}]"#).is_err());
         let bundle = with(r#"[{"allow":true,"access":"rwm"}]"#).unwrap();
         let devices = bundle.spec.pointer("/linux/devices").unwrap().as_array().unwrap();
@@ -403,7 +425,10 @@ pub mod tests {
         assert_eq!(bundle(&twice).unwrap().process, json!({"args": ["a"], "cwd": "/"}));
         let huge =
             bundle(&GOOD.replace("134217728", "9223372036854775807").replace("150000", "9e15")).unwrap();
-        assert!(u64::from(huge.shape().unwrap().memory_mib) < (check::host().0 >> 20) * 2);
+        assert!(
+            u64::from(huge.shape(&bulkhead_runtime::settings::Machine::default()).unwrap().memory_mib)
+                < (check::host().0 >> 20) * 2
+        );
     }
 
     proptest! {

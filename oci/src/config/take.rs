@@ -53,7 +53,7 @@ pub(super) fn take_namespaces(spec: &mut Value) -> Result<(Wanted, Vec<Joined>),
     Ok((network, joined))
 }
 
-/// A device of the host's is refused, unless the container may use any device: then it is privileged, and its engine
+/// A device of the host's is refused, if it is no disk ([`super::volume`]), unless the container may use any device: then it is privileged, and its engine
 /// has listed all that the host has. Such a container gets the devices of its guest, which are all its own.
 pub(super) fn take_devices(spec: &mut Value, log: &Log) -> Result<(), String> {
     let rules = spec.pointer("/linux/resources/devices").and_then(Value::as_array).into_iter().flatten();
@@ -68,6 +68,8 @@ pub(super) fn take_devices(spec: &mut Value, log: &Log) -> Result<(), String> {
         let major = device.get("major").and_then(Value::as_i64).unwrap_or(-1);
         match text(device, "/type") {
             "p" => true,
+            // The host's disks are not for the privileged, who would get all of them.
+            "b" => !privileged,
             "c" | "u" => KNOWN_MAJORS.contains(&major),
             _ => false,
         }

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
 
-use bulkhead_protocol::agent::{ConfigureRequest, GuestInfo, ShutdownRequest};
+use bulkhead_protocol::agent::{ConfigureRequest, GuestInfo, Rootfs, ShutdownRequest};
 use bulkhead_runtime::guest::{Agent, Guest};
 use bulkhead_runtime::monitor::{Links, Monitor};
 use bulkhead_runtime::network::{self, Network};
@@ -17,7 +17,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde_json::Value;
 
 use super::{Plan, is_fatal, tag};
-use crate::config::Bundle;
+use crate::config::{Bundle, RootDisk};
 use crate::pod::{self, Pod};
 use crate::store::{Container, ProcessId};
 
@@ -27,8 +27,10 @@ pub(super) enum Machine {
     Own {
         /// Runs it.
         monitor: Monitor,
-        /// Serves the files; ends with us.
-        server: Server,
+        /// Serves the files; ends with us. None, when there are none of the host's.
+        server: Option<Server>,
+        /// Holds the disk of the root, so that the host does not mount it.
+        disk: Option<File>,
     },
     /// It ends with another.
     Joined {
@@ -39,24 +41,28 @@ pub(super) enum Machine {
     },
 }
 
-/// A machine, the guest's path of the root file system, and the configuration for the agent.
-type Made = (Machine, String, Value);
+/// A machine, the root file system in the guest's words, and the configuration for the agent.
+type Made = (Machine, Rootfs, Value);
 
 impl Machine {
     /// From nothing to a guest whose agent has been told who it is.
     pub(super) fn make(plan: &Plan, guest: &Guest, signals: &Signals) -> Result<Made> {
         let Plan { files, bundle, container, artefacts, .. } = plan;
-        let mut shares = Shares::new(&files.run)?;
+        let mut shares = Shares::new(&files.run, &artefacts.settings.programs.virtiofsd)?;
         let (root, spec) = bundle.share(|path, access| shares.add(path, access), &[])?;
         let mut links = Links::default();
         if let Some(namespace) = &container.network {
             let attachment = network::attach(namespace, &tag(files))?;
             (links.network, links.fds) = (attachment.network, attachment.taps);
         }
-        let shape = bundle.shape()?;
+        let shape = bundle.shape(&artefacts.settings.machine)?;
+        let disk = bundle.root_disk.as_ref().map(RootDisk::hold).transpose()?;
+        let volumes = bundle.volumes.iter().enumerate().map(|(number, volume)| volume.config(number));
+        let disks: Vec<_> = bundle.root_disk.iter().map(RootDisk::config).chain(volumes).collect();
+        let needs_shares = bundle.root_disk.is_none() || bundle.has_binds();
         // Before this process is in the container's cgroup: making one is not the container's affair.
-        let wanted = Wanted { shape: &shape, disks: &[], shares: true, networks: links.kinds() };
-        let template = template::get(&Layout::new(None)?, artefacts, &wanted);
+        let wanted = Wanted { shape: &shape, disks: &disks, shares: needs_shares, networks: links.kinds() };
+        let template = template::get(&Layout::new(None, &artefacts.settings.paths)?, artefacts, &wanted);
         if let Some(group) = &container.cgroup {
             // Engines forget to allow the devices that a machine is made of, and nothing in the group may open them then:
             // /dev/net/tun has been opened above. If this one does not open, the monitor says why.
@@ -69,24 +75,18 @@ impl Machine {
         }
         let path = files.shares_log();
         let log = File::create(&path).context(|| format!("cannot create {}", path.display()))?;
-        let mut server = shares.start(Lifetime::Parent, &log)?;
+        let mut server = needs_shares.then(|| shares.start(Lifetime::Parent, &log)).transpose()?;
         trace::mark("virtiofsd spawned");
-        let mut monitor = Monitor::start(
-            artefacts,
-            files,
-            &shape,
-            Vec::new(),
-            Some(&mut server),
-            &links,
-            template.as_ref(),
-        )?;
+        let mut monitor =
+            Monitor::start(artefacts, files, &shape, disks, server.as_mut(), &links, template.as_ref())?;
         (links.fds, links.kvm) = (Vec::new(), None);
         trace::mark("monitor spawned");
         monitor.wait_ready(signals, || std::iter::from_fn(|| signals.next()).any(is_fatal))?;
         trace::mark("agent up");
         let mut agent = guest.agent()?;
-        configure(&mut agent, bundle, &links.network, name_server.map(|(_, server)| server))?;
-        Ok((Self::Own { monitor, server }, root, spec))
+        let tags = server.iter().map(|_| shares::TAG.to_owned()).collect();
+        configure(&mut agent, bundle, tags, &links.network, name_server.map(|(_, server)| server))?;
+        Ok((Self::Own { monitor, server, disk }, root, spec))
     }
 
     /// Into the machine of another container.
@@ -117,7 +117,7 @@ impl Machine {
     /// The file server of one's own machine.
     pub(super) fn server(&self) -> Option<ProcessId> {
         match self {
-            Self::Own { server, .. } => ProcessId::of(server.pid().cast_signed()),
+            Self::Own { server, .. } => ProcessId::of(server.as_ref()?.pid().cast_signed()),
             Self::Joined { .. } => None,
         }
     }
@@ -135,7 +135,7 @@ impl Machine {
     /// Ends one's own machine with its writes on the host's disk, or leaves that of another. Answers the monitor's
     /// timeline, if one was asked for.
     pub(super) fn put_away(self, guest: &Guest, container: &Container) -> Option<Value> {
-        let Self::Own { mut monitor, server } = self else {
+        let Self::Own { mut monitor, server, disk } = self else {
             pod::leave(container);
             return None;
         };
@@ -146,7 +146,7 @@ impl Machine {
             monitor.end();
         }
         trace::mark("monitor ended");
-        drop((monitor, server));
+        drop((monitor, server, disk));
         trace::mark("virtiofsd ended");
         timeline
     }
@@ -155,6 +155,7 @@ impl Machine {
 fn configure(
     agent: &mut Agent,
     bundle: &Bundle,
+    shares: Vec<String>,
     network: &Network,
     name_server: Option<Ipv4Addr>,
 ) -> Result<()> {
@@ -164,7 +165,7 @@ fn configure(
         hostname: bundle.hostname.clone(),
         entropy,
         realtime_ns: i64::try_from(now_ns()).unwrap_or(0),
-        shares: vec![shares::TAG.to_owned()],
+        shares,
         network: Some(network.to_message()),
         name_server: name_server.map_or_else(Vec::new, |server| server.octets().to_vec()),
     };

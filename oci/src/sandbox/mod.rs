@@ -11,10 +11,11 @@ mod talk;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use bulkhead_protocol::agent::{
     ContainerRequest, CreateContainerRequest, CreateContainerResponse, Empty, ProcessRequest,
-    ResizeTerminalRequest, Rootfs, SignalProcessRequest, Stdio, WaitProcessResponse,
+    ResizeTerminalRequest, SignalProcessRequest, Stdio, WaitProcessResponse,
 };
 use bulkhead_protocol::client::CallError;
 use bulkhead_runtime::guest::{Agent, Guest};
@@ -36,6 +37,11 @@ use crate::config::{Bundle, Wanted};
 use crate::pod::Partner;
 use crate::store::{Container, Root, Status, start_of};
 use crate::{console, hooks};
+
+/// How long output may lie unread when the process has ended by itself.
+pub const PATIENCE: Duration = Duration::from_secs(10);
+/// And when it was killed, as somebody does who has given it up.
+pub const KILLED_PATIENCE: Duration = Duration::from_secs(1);
 
 /// All that a sandbox needs.
 pub struct Plan {
@@ -213,9 +219,10 @@ impl Sandbox {
         let request = CreateContainerRequest {
             id: guest_id(&container.id),
             spec: spec.to_string(),
-            rootfs: Some(Rootfs { shared: root, ..Rootfs::default() }),
+            rootfs: Some(root),
             stdio: Some(stdio),
             files: Vec::new(),
+            pause: bundle.vm.pause,
         };
         let _: CreateContainerResponse = agent.call("CreateContainer", &request).map_err(refused)?;
         trace::mark("container created");
@@ -326,7 +333,7 @@ impl Sandbox {
             if ended {
                 match waiting.receive::<WaitProcessResponse>("WaitProcess", call) {
                     Ok(end) => {
-                        relay.finish();
+                        relay.finish_unless_stalled(if end.signal == 0 { PATIENCE } else { KILLED_PATIENCE });
                         return Ok(End {
                             code: u8::try_from(end.exit_code).unwrap_or(255),
                             signal: i32::try_from(end.signal).unwrap_or(0),

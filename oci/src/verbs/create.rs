@@ -12,7 +12,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use super::life;
 use crate::args::{Create, Run};
 use crate::cgroup::Cgroup;
-use crate::config::Bundle;
+use crate::config::{Bundle, RootDisk};
 use crate::sandbox::{self, GoOn, Plan, Says};
 use crate::store::{Container, Hooks, Status};
 use crate::{Context, hooks, pod};
@@ -27,8 +27,8 @@ pub fn create(context: &Context, wish: &Create) -> Result<i32> {
 
 fn make(context: &Context, wish: &Create, detach: bool) -> Result<i32> {
     super::refuse_fds(wish.preserve_fds)?;
-    let mut artefacts = Artefacts::find()?;
-    let bundle = Bundle::read(&wish.bundle, &context.log)?;
+    let mut artefacts = Artefacts::find(&context.settings)?;
+    let mut bundle = Bundle::read(&wish.bundle, &context.log)?;
     if let Some(kernel) = &bundle.vm.kernel {
         artefacts.kernel.clone_from(kernel);
     }
@@ -40,13 +40,30 @@ fn make(context: &Context, wish: &Create, detach: bool) -> Result<i32> {
     let shared = pod::find(&context.root, &bundle)?;
     let machine_mib = match &shared {
         Some(shared) => shared.machine_mib,
-        None => bundle.shape()?.memory_mib,
+        None => {
+            bundle.warn_of_limits_above_the_host(&context.log)?;
+            bundle.shape(&context.settings.machine)?.memory_mib
+        }
     };
     let (pod, partners) = shared.map_or_else(Default::default, |shared| (Some(shared.pod), shared.partners));
     if pod.is_some() {
         bundle.warn_of_what_the_pod_decides(&context.log, machine_mib);
     }
+    if let (Some(pod), Some(volume)) = (&pod, bundle.volumes.first()) {
+        return Err(Error::Usage(format!(
+            "linux.devices: {} is a disk, and the microVM of container {}, which is joined, takes none any more",
+            volume.path, pod.owner
+        )));
+    }
+    let disk = wish.root_disk.as_deref().map(RootDisk::parse).transpose()?;
     let files = context.root.reserve(&wish.id)?;
+    match disk {
+        // A machine that is there takes no disk.
+        Some(disk) if pod.is_some() => {
+            disk.mount(&bundle.rootfs).inspect_err(|_| drop(context.root.remove(&wish.id)))?
+        }
+        disk => bundle.root_disk = disk,
+    }
     let container = Container {
         id: wish.id.clone(),
         status: Status::Creating,

@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 use super::{guest, in_state};
 use crate::args::Exec;
 use crate::config::read_json;
-use crate::sandbox::{guest_id, refused};
+use crate::sandbox::{KILLED_PATIENCE, PATIENCE, guest_id, refused};
 use crate::store::{Container, Status};
 use crate::{Context, console};
 
@@ -216,6 +216,7 @@ impl Call {
         resize(&mut agent);
         let relay = Relay::start(streams, ends)?;
         let _: Empty = agent.call("StartProcess", &target()).map_err(refused)?;
+        let detached = started.is_some();
         if let Some(started) = started {
             let _ = Wire(started).send(&"");
             // The standard streams stay open in the relay alone.
@@ -243,7 +244,11 @@ impl Call {
                 let end: WaitProcessResponse = agent
                     .receive("WaitProcess", call)
                     .context(|| "the container ended under the process".into())?;
-                relay.finish();
+                if detached {
+                    relay.finish_unless_stalled(if end.signal == 0 { PATIENCE } else { KILLED_PATIENCE });
+                } else {
+                    relay.finish();
+                }
                 return Ok(u8::try_from(end.exit_code).unwrap_or(255));
             }
         }

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use crate::{Artefacts, Layout, Result};
+use crate::{Artefacts, Layout, Result, Settings, settings};
 
 /// How a check went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -49,11 +49,20 @@ impl Check {
     }
 }
 
-/// Looks at everything a sandbox needs.
+/// Looks at everything a sandbox needs. `wrong`: why the settings are the defaults instead of the file's.
 #[must_use]
-pub fn examine(layout: &Layout) -> Vec<Check> {
-    let mut checks = vec![kvm()];
-    checks.push(match Artefacts::find() {
+pub fn examine(layout: &Layout, settings: &Settings, wrong: Option<&crate::Error>) -> Vec<Check> {
+    let file = match wrong {
+        None => Check::ok("settings", settings::source()),
+        Some(error) => Check::bad(
+            "settings",
+            Verdict::Failed,
+            error.chain(),
+            "correct the line: nothing runs before (docs/configuration.md)",
+        ),
+    };
+    let mut checks = vec![file, kvm()];
+    checks.push(match Artefacts::find(settings) {
         Ok(found) => Check::ok(
             "artefacts",
             format!(
@@ -70,7 +79,15 @@ pub fn examine(layout: &Layout) -> Vec<Check> {
             "build them with `make`, or install Bulkhead with `make install`",
         ),
     });
-    checks.extend([storage(layout), templates(layout), formatter(), virtiofsd(), cgroups(), tap(), vhost()]);
+    checks.extend([
+        storage(layout),
+        templates(layout),
+        formatter(),
+        virtiofsd(settings),
+        cgroups(),
+        tap(),
+        vhost(),
+    ]);
     checks
 }
 
@@ -143,13 +160,13 @@ fn storage(layout: &Layout) -> Check {
     }
 }
 
-fn virtiofsd() -> Check {
-    match crate::shares::find() {
+fn virtiofsd(settings: &Settings) -> Check {
+    match crate::shares::find(&settings.programs.virtiofsd) {
         Ok(program) => Check::ok("virtiofsd", program.display().to_string()),
-        Err(_) => Check::bad(
+        Err(error) => Check::bad(
             "virtiofsd",
             Verdict::Warning,
-            "not found: directories of the host cannot be shared (-v)",
+            format!("directories of the host cannot be shared (-v): {}", error.chain()),
             "install virtiofsd, or name it in BULKHEAD_VIRTIOFSD",
         ),
     }

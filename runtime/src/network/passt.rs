@@ -7,6 +7,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -35,16 +36,17 @@ pub(crate) struct Passt {
 }
 
 impl Passt {
-    /// Starts passt with these ports published. It is ready when this returns.
+    /// Starts passt, an empty path being that in PATH, with these ports published. It is ready when this returns.
     ///
     /// # Errors
     /// passt is not installed, a port is in use, the host has no network.
-    pub(crate) fn start(ports: &[Port]) -> Result<Self> {
-        let what = || "cannot start passt".to_owned();
+    pub(crate) fn start(ports: &[Port], program: &Path) -> Result<Self> {
+        let program = if program.as_os_str().is_empty() { Path::new("passt") } else { program };
+        let what = || format!("cannot start {}", program.display());
         let (ours, theirs) =
             socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).context(what)?;
         let fd = theirs.as_raw_fd();
-        let mut command = Command::new("passt");
+        let mut command = Command::new(program);
         command.args(["--fd", &fd.to_string(), "--quiet", "--ipv4-only"]);
         command.args(["--address", &GUEST.to_string(), "--netmask", &PREFIX.to_string()]);
         command.args(["--gateway", &GATEWAY.to_string(), "--mtu", &MTU.to_string()]);
@@ -62,10 +64,10 @@ impl Passt {
         }
         inherit(&mut command, vec![fd]);
         let output = command.stdin(Stdio::null()).output().map_err(|source| match source.kind() {
-            io::ErrorKind::NotFound => Error::Usage(
-                "--network passt needs the program passt, which is not installed (apt-get install passt)"
-                    .into(),
-            ),
+            io::ErrorKind::NotFound => Error::Usage(format!(
+                "--network passt needs the program {}, which is not there (apt-get install passt)",
+                program.display()
+            )),
             _ => Error::Io { what: what(), source },
         })?;
         if !output.status.success() {

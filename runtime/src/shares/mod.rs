@@ -65,12 +65,12 @@ struct Shared {
 
 impl Shares {
     /// Nothing yet. `sandbox` is a directory of the sandbox's own, on the host; `shares` in it becomes a mount point of
-    /// virtiofsd's.
+    /// virtiofsd's. `program` is that, if the settings name it.
     ///
     /// # Errors
     /// virtiofsd is not installed, or the caller is not root.
-    pub fn new(sandbox: &Path) -> Result<Self> {
-        let program = find()?;
+    pub fn new(sandbox: &Path, program: &Path) -> Result<Self> {
+        let program = find(program)?;
         if !rustix::process::geteuid().is_root() {
             return Err(Error::Usage(
                 "sharing directories of the host needs root so far: run bulkhead as root".into(),

@@ -36,7 +36,7 @@ use rustix::thread::UnshareFlags;
 use vmm::config::FilesystemConfig;
 
 use super::{Shares, device, mount};
-use crate::{Context, Error, Result, null};
+use crate::{Context, Error, Result, null, settings};
 
 /// Where distributions put it, besides PATH.
 const PLACES: [&str; 3] = ["/usr/libexec/virtiofsd", "/usr/lib/virtiofsd", "/usr/local/libexec/virtiofsd"];
@@ -52,17 +52,21 @@ pub enum Lifetime {
     Monitor,
 }
 
-/// The program.
+/// The program: that of the variable, that of the settings if it is not empty, or one that is found.
 ///
 /// # Errors
 /// It is not there.
-pub fn find() -> Result<PathBuf> {
-    if let Some(named) = env::var_os(VARIABLE) {
-        let path = PathBuf::from(named);
+pub fn find(set: &Path) -> Result<PathBuf> {
+    let named = match env::var_os(VARIABLE) {
+        Some(named) => Some((VARIABLE.to_owned(), PathBuf::from(named))),
+        None if set.as_os_str().is_empty() => None,
+        None => Some((format!("programs.virtiofsd in {}", settings::source()), set.to_owned())),
+    };
+    if let Some((by, path)) = named {
         return if is_program(&path) {
             Ok(path)
         } else {
-            Err(Error::Usage(format!("{VARIABLE} names {}, which is no program", path.display())))
+            Err(Error::Usage(format!("{by} names {}, which is no program", path.display())))
         };
     }
     let path = env::var_os("PATH").unwrap_or_default();
@@ -70,7 +74,8 @@ pub fn find() -> Result<PathBuf> {
     candidates.chain(PLACES.iter().map(PathBuf::from)).find(|path| is_program(path)).ok_or_else(|| {
         Error::Usage(format!(
             "virtiofsd is not installed, and sharing directories of the host needs it: install the package virtiofsd \
-             (Debian 13, Ubuntu 24.04, Fedora, Arch and later), or name the program in {VARIABLE}"
+             (Debian 13, Ubuntu 24.04, Fedora, Arch and later), or name the program in \
+             {VARIABLE} or the configuration file"
         ))
     })
 }

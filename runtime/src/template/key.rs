@@ -34,7 +34,7 @@ pub(super) fn of(home: &Path, artefacts: &Artefacts, wanted: &Wanted<'_>) -> Res
         add(&digest(home, file)?);
     }
     add(&fs::read_to_string(BOOT_ID).context(|| format!("cannot read {BOOT_ID}"))?);
-    add(&make::blueprint(wanted)?);
+    add(&make::blueprint(&artefacts.settings, wanted)?);
     Ok(hex(&hasher.finalize()))
 }
 
@@ -110,7 +110,8 @@ mod tests {
             fs::write(&path, name).unwrap();
             path
         };
-        Artefacts { monitor: file("monitor"), kernel: file("kernel"), initramfs: file("initramfs") }
+        let settings = crate::Settings::default();
+        Artefacts { monitor: file("monitor"), kernel: file("kernel"), initramfs: file("initramfs"), settings }
     }
 
     #[test]
@@ -154,6 +155,9 @@ mod tests {
             fs::write(file, before).unwrap();
         }
         assert_eq!(key(&wanted(&shape)), first);
+        let mut other = artefacts.clone();
+        other.settings.machine.kernel_parameters = "debug".into();
+        all.push(of(place.path(), &other, &wanted(&shape)).unwrap());
         let count = all.len();
         all.sort();
         all.dedup();

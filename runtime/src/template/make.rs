@@ -10,7 +10,7 @@ use vmm::control::{Client, Method};
 use super::{Wanted, empty_share, forget_failure};
 use crate::monitor::{Monitor, outline};
 use crate::state::{Files, private_dir};
-use crate::{Artefacts, Context, Error, Layout, Result, names};
+use crate::{Artefacts, Context, Error, Layout, Result, Settings, names};
 
 /// How the directories with the sockets of machines that become templates are called. No longer than those of sandboxes, or
 /// their sockets' paths would be too long.
@@ -45,9 +45,10 @@ fn config(artefacts: &Artefacts, files: &Files, wanted: &Wanted<'_>) -> Config {
 }
 
 /// Everything about the machine but where its files are.
-pub(super) fn blueprint(wanted: &Wanted<'_>) -> Result<String> {
+pub(super) fn blueprint(settings: &Settings, wanted: &Wanted<'_>) -> Result<String> {
     let nowhere = PathBuf::new;
-    let artefacts = Artefacts { monitor: nowhere(), kernel: nowhere(), initramfs: nowhere() };
+    let artefacts =
+        Artefacts { monitor: nowhere(), kernel: nowhere(), initramfs: nowhere(), settings: settings.clone() };
     let files = Files { dir: nowhere(), run: nowhere() };
     serde_json::to_string(&config(&artefacts, &files, wanted)).context(|| "cannot describe a template".into())
 }

@@ -52,7 +52,8 @@ pub struct Wanted<'a> {
 
 /// The template for such a machine, made now if there is none. `None`: it has to boot.
 pub fn get(layout: &Layout, artefacts: &Artefacts, wanted: &Wanted<'_>) -> Option<Template> {
-    if std::env::var_os(SWITCH).is_some_and(|value| value == "0") {
+    let switched_off = std::env::var_os(SWITCH).is_some_and(|value| value == "0");
+    if switched_off || !artefacts.settings.machine.templates {
         return None;
     }
     match find_or_make(layout, artefacts, wanted) {

@@ -362,3 +362,16 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn who_waits_for_a_while_is_told_when_it_has_not_ended() {
+    let rig = Rig::running();
+    assert_eq!(rig.tasks.wait_for("c", Duration::from_millis(1)).unwrap(), None);
+    let waiter = {
+        let tasks = Arc::clone(&rig.tasks);
+        std::thread::spawn(move || tasks.wait_for("c", Duration::from_secs(60)).unwrap())
+    };
+    rig.end("c", 4);
+    assert_eq!(waiter.join().unwrap().unwrap().status, 4);
+    assert!(matches!(rig.tasks.wait_for("nosuch", Duration::ZERO), Err(Error::NotFound(_))));
+}

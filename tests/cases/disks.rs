@@ -1,0 +1,121 @@
+//! Root file systems on disks, which the machine gets instead of the files on them: containerd's blockfile snapshotter, and a
+//! block device as its devmapper snapshotter gives.
+
+use std::fs;
+
+use anyhow::{Context, Result, ensure};
+use bulkhead_tests::host::Host;
+use bulkhead_tests::process::{Finished, Program};
+
+use crate::containerd::IMAGE;
+
+/// Settings of the snapshotter, whose empty disk is made here.
+pub fn settings(host: &Host) -> Result<String> {
+    let work = host.work().display();
+    host.run(["mke2fs", "-q", "-F", "-t", "ext4", "-O", "^has_journal", &format!("{work}/empty"), "24M"])?
+        .ok()?;
+    Ok(format!(
+        "[plugins.\"io.containerd.snapshotter.v1.blockfile\"]\nroot_path = \"{work}/blockfile\"\n\
+         scratch_file = \"{work}/empty\"\nfs_type = \"ext4\"\nmount_options = [\"loop\"]\n"
+    ))
+}
+
+/// With a containerd that has these settings.
+pub fn roots_on_disks(host: &Host) -> Result<()> {
+    let ctr = |words: &[&str]| -> Result<Finished> {
+        let socket = format!("{}/containerd.sock", host.work().display());
+        Program::new(["ctr", "-a", &socket, "-n", "disks"]).args(words.iter().copied()).run()
+    };
+    let image = host.image("busybox-docker").display().to_string();
+    ctr(&["images", "import", "--snapshotter", "blockfile", &image])?.ok()?;
+    let run = ["run", "-d", "--runtime", "io.containerd.bulkhead.v2", "--snapshotter", "blockfile"];
+    ctr(&[&run[..], &[IMAGE, "disk", "sleep", "1000"]].concat())?.ok()?;
+    let script = "grep ' / ' /proc/mounts; echo kept >/file; sync";
+    let exec = ["task", "exec", "--exec-id", "e", "disk", "sh", "-c"];
+    ctr(&[&exec[..], &[script]].concat())?.ok()?.stdout_has("/dev/vda / ext4 rw")?;
+    // Nothing of it passes through the host.
+    ensure!(host.run(["pgrep", "virtiofsd"])?.status == 1, "there is a file server");
+    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+    ensure!(!mounts.contains("/disks/disk/rootfs"), "the host has mounted it:\n{mounts}");
+    // Which leaves no way for others to bring theirs.
+    let join = |id: &str| -> Result<Finished> {
+        let state = ["bulkhead-oci", "--root", "/run/containerd/bulkhead/states/disks", "state", id];
+        let state: serde_json::Value = serde_json::from_str(&host.run(state)?.ok()?.stdout())?;
+        let network = format!("network:/proc/{}/ns/net", state["pid"]);
+        let script = ["sh", "-c", "echo joined; grep ' / ' /proc/mounts"];
+        let joins = ["run", "--rm", "--runtime", "io.containerd.bulkhead.v2", "--snapshotter", "blockfile"];
+        ctr(&[&joins[..], &["--with-ns", &network, IMAGE, "other"], &script].concat())
+    };
+    join("disk")?.failed()?.stderr_has("no file server for others")?;
+    ctr(&["containers", "rm", "other"])?;
+    // With one the disk of who joins is mounted on the host, for as long as it lives.
+    let bind = format!("type=bind,src={},dst=/dir,options=rbind:rw", host.work().display());
+    ctr(&[&run[..], &["--mount", &bind, IMAGE, "first", "sleep", "1000"]].concat())?.ok()?;
+    join("first")?.ok()?.stdout_has("joined\n")?.stdout_has("virtiofs")?;
+    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+    ensure!(!mounts.contains("/disks/"), "it is still mounted:\n{mounts}");
+    ctr(&["task", "rm", "-f", "first"])?;
+    ctr(&["containers", "rm", "first"])?.ok()?;
+
+    // Its writes are on the disk when it has ended, for `diff` and `commit`, and for the next start.
+    ctr(&["task", "kill", "-s", "KILL", "disk"])?.ok()?;
+    host.eventually("its end", std::time::Duration::from_secs(20), || {
+        Ok(ctr(&["task", "ls"])?.stdout().contains("STOPPED"))
+    })?;
+    ctr(&["task", "delete", "disk"])?.stderr_has("exit code 137")?;
+    ctr(&["task", "start", "-d", "disk"])?.ok()?;
+    ctr(&[&exec[..], &["cat /file"]].concat())?.ok()?.stdout_is("kept\n")?;
+    ctr(&["task", "rm", "-f", "disk"])?;
+    ctr(&["containers", "rm", "disk"])?.ok()?;
+    a_device_is_the_guests_alone(host)
+}
+
+/// As devmapper gives it: a block device.
+fn a_device_is_the_guests_alone(host: &Host) -> Result<()> {
+    let work = host.work().display();
+    let script = format!(
+        "set -e; cp {work}/empty {work}/image; mkdir -p {work}/m {work}/b/rootfs\n\
+         device=$(losetup -f); losetup $device {work}/image; mount -t ext4 $device {work}/m\n\
+         mkdir {work}/m/bin; cp /usr/bin/busybox {work}/m/bin/sh; umount {work}/m\n\
+         truncate -s 1M {work}/volume; volume=$(losetup -f); losetup $volume {work}/volume\n\
+         echo $device $volume; cat /sys/block/${{volume#/dev/}}/dev"
+    );
+    let made = host.run(["sh", "-c", &script])?.ok()?.stdout();
+    let mut words = made.split_whitespace();
+    let (device, volume) = words.next().zip(words.next()).context("no devices")?;
+    let (major, minor) = words.next().and_then(|numbers| numbers.split_once(':')).context("no numbers")?;
+    let (major, minor) = (major.parse::<u32>()?, minor.parse::<u32>()?);
+    // And a device that the container has as such.
+    let numbers = serde_json::json!({"path": "/dev/volume", "type": "b", "major": major, "minor": minor});
+    let rule =
+        serde_json::json!({"allow": true, "type": "b", "major": major, "minor": minor, "access": "rw"});
+    let config = serde_json::json!({
+        "ociVersion": "1.0.2", "root": {"path": "rootfs"},
+        "process": {"args": ["/bin/sh", "-c", "echo $0 >/made; echo written >/dev/volume; read line"], "cwd": "/"},
+        "linux": {
+            "namespaces": [{"type": "network"}, {"type": "mount"}, {"type": "pid"}],
+            "devices": [numbers],
+            "resources": {"devices": [{"allow": false, "access": "rwm"}, rule]},
+        },
+    });
+    host.file("b/config.json", config.to_string())?;
+    let disk = format!(r#"{{"type":"ext4","source":"{device}","options":["rw"]}}"#);
+    let bundle = format!("{work}/b");
+    let run = || {
+        let words = ["run", "--detach", "--bundle", &bundle, "--root-disk", &disk, "d"];
+        host.run(["bulkhead-oci"].into_iter().chain(words))
+    };
+    // While the host has it mounted, no guest gets it; and the other way round.
+    host.run(["mount", "-t", "ext4", device, &format!("{work}/m")])?.ok()?;
+    run()?.failed()?.stderr_has("this host has it mounted")?;
+    host.run(["umount", &format!("{work}/m")])?.ok()?;
+    run()?.ok()?;
+    let mount = || host.run(["mount", "-t", "ext4", device, &format!("{work}/m")]);
+    mount()?.failed()?;
+    host.run(["bulkhead-oci", "delete", "--force", "d"])?.ok()?;
+    mount()?.ok()?;
+    ensure!(fs::read_to_string(host.work().join("m/made"))? == "/bin/sh\n");
+    ensure!(fs::read(host.work().join("volume"))?.starts_with(b"written\n"));
+    host.run(["sh", "-c", &format!("umount {work}/m; losetup -d {device}; losetup -d {volume}")])?.ok()?;
+    Ok(())
+}
