@@ -7,12 +7,12 @@
 mod agent;
 mod archive;
 mod boot;
-mod bpf;
 mod container;
 mod error;
 mod hw;
 mod names;
 mod network;
+mod ports;
 mod reaper;
 mod rpc;
 mod streams;
