@@ -5,6 +5,7 @@ mod bad_input;
 mod containerd;
 mod containers;
 mod cri;
+mod cri_streams;
 mod daemons;
 mod docker;
 mod figures;
