@@ -18,6 +18,7 @@ use serde_json::json;
 
 use crate::containerd::IMAGE;
 use crate::cri_streams::{exec_and_attach, port_forward};
+use crate::cri_volumes::{comings_and_goings, volumes};
 use crate::daemons::{Daemon, Step, side_by_side};
 
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -165,7 +166,7 @@ fn two_pods(node: &Node<'_>) -> Result<()> {
     node.remove(&second)
 }
 
-fn steps<'a>() -> [Step<Node<'a>>; 6] {
+fn steps<'a>() -> [Step<Node<'a>>; 8] {
     [
         ("a pod comes and goes", comes_and_goes),
         ("once more", comes_and_goes),
@@ -173,6 +174,8 @@ fn steps<'a>() -> [Step<Node<'a>>; 6] {
         ("two pods, one asks the other", two_pods),
         ("exec and attach, with input and a terminal", exec_and_attach),
         ("port-forward", port_forward),
+        ("volumes: read-write, read-only, a file, in memory", volumes),
+        ("an ephemeral container, a container started anew", comings_and_goings),
     ]
 }
 
@@ -243,7 +246,7 @@ fn all_steps_beside_runc(host: &Host) -> Result<()> {
 
 test!(newer_containerds_take_the_shim, Needs::engines().deadline(300).shows_output().may_leave_things());
 fn newer_containerds_take_the_shim(host: &Host) -> Result<()> {
-    let [_, _, whole, _, streams, ports] = steps();
+    let [_, _, whole, _, streams, ports, ..] = steps();
     // One of Debian's next release, one of the one after that, whatever their versions are by now.
     let names = fs::read_dir("/usr/bin")?.flatten().filter_map(|entry| entry.file_name().into_string().ok());
     let is_newer = |name: &String| {

@@ -6,6 +6,7 @@ mod containerd;
 mod containers;
 mod cri;
 mod cri_streams;
+mod cri_volumes;
 mod daemons;
 mod docker;
 mod figures;
