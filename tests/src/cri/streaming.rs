@@ -55,6 +55,14 @@ impl Session {
         Ok(Self { socket, heard: BTreeMap::new(), ended: false })
     }
 
+    /// Sets how long nothing may come; 20 seconds when not said.
+    ///
+    /// # Errors
+    /// Of the socket.
+    pub fn patience(&mut self, time: Duration) -> Result<()> {
+        Ok(self.socket.get_ref().set_read_timeout(Some(time))?)
+    }
+
     /// Says something on a stream.
     ///
     /// # Errors
