@@ -264,13 +264,13 @@ fn newer_containerds_take_the_shim(host: &Host) -> Result<()> {
     Ok(())
 }
 
-fn node<'a>(host: &'a Host, containerd: &str, handler: &'static str) -> Result<(&'static str, Node<'a>)> {
+pub fn node<'a>(host: &'a Host, containerd: &str, handler: &'static str) -> Result<(&'static str, Node<'a>)> {
     let cri = Cri::connect(&host.work().join("containerd.sock"))?;
     Ok((handler, Node { host, cri, containerd: containerd.to_owned(), handler }))
 }
 
 /// Does something while a containerd runs, and sees to it that nothing that runs is left.
-fn with_containerd(host: &Host, program: &str, work: impl FnOnce() -> Result<()>) -> Result<()> {
+pub fn with_containerd(host: &Host, program: &str, work: impl FnOnce() -> Result<()>) -> Result<()> {
     let daemon = daemon(host, program)?;
     let done = work();
     // The bridge and the pods' addresses stay, as on any node.

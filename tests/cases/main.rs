@@ -26,6 +26,7 @@ mod oci_hooks;
 mod oci_host;
 mod oci_states;
 mod oci_systemd;
+mod pod_figures;
 mod podman;
 mod pods;
 mod real_images;
