@@ -7,13 +7,13 @@
 mod agent;
 mod archive;
 mod boot;
-mod bpf;
 mod container;
 mod disk;
 mod error;
 mod hw;
 mod names;
 mod network;
+mod ports;
 mod reaper;
 mod rpc;
 mod streams;

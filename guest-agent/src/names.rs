@@ -15,11 +15,11 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
+use bulkhead_bpf::{self as bpf, CONNECT4, Hook, Instruction, RECVMSG4, SENDMSG4, op};
 use bulkhead_protocol::NAMES_PORT;
 use bulkhead_protocol::names::{Transport, read_message, write_message};
 
 use crate::boot;
-use crate::bpf::{self, CONNECT4, Hook, Instruction, RECVMSG4, SENDMSG4, op};
 use crate::error::{Context, Error, Result};
 
 /// The agent's first argument when it is to be the name server.
@@ -59,7 +59,7 @@ pub fn start(address: &[u8]) -> Result<()> {
 
 fn redirect(cgroup: impl AsFd, hook: Hook, address: Ipv4Addr, from: u16, to: u16) -> std::io::Result<()> {
     let program = bpf::load(hook, &program(address, from, to))?;
-    bpf::attach(cgroup.as_fd(), &program, hook)
+    bpf::attach_to_cgroup(cgroup.as_fd(), &program, hook)
 }
 
 /// Changes the port `from` of `address` to `to`, in the guest's own network alone: a container's own namespaces have

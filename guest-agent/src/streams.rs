@@ -14,6 +14,7 @@ use rustix::io::Errno;
 use crate::agent::{Agent, Source};
 use crate::container::process::{Slot, State};
 use crate::error::{Code, Error, Result};
+use crate::ports::Port;
 
 /// Bytes in flight per direction: as much as a pipe holds.
 const BUFFER: usize = 64 << 10;
@@ -33,6 +34,8 @@ enum Phase {
     Parked(u32, Kind),
     /// Bytes flow.
     Open(Relay),
+    /// It is no process's, but goes to a port of the loopback.
+    Port(Port),
 }
 
 /// Both directions of an open stream; one of them is absent for all but a terminal.
@@ -47,7 +50,7 @@ struct Relay {
 }
 
 /// One direction.
-struct Flow {
+pub struct Flow {
     buffer: Box<[u8]>,
     start: usize,
     end: usize,
@@ -56,7 +59,7 @@ struct Flow {
 
 /// How a flow left off.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Pace {
+pub enum Pace {
     /// One side has to do something first.
     Blocked,
     /// It has had its turn.
@@ -68,11 +71,13 @@ enum Pace {
 }
 
 impl Flow {
-    fn new() -> Self {
+    /// With nothing in it.
+    pub fn new() -> Self {
         Self { buffer: vec![0; BUFFER].into(), start: 0, end: 0, ended: false }
     }
 
-    fn pump(&mut self, from: BorrowedFd<'_>, to: BorrowedFd<'_>, empty_is_end: bool) -> Pace {
+    /// Moves what can be moved now.
+    pub fn pump(&mut self, from: BorrowedFd<'_>, to: BorrowedFd<'_>, empty_is_end: bool) -> Pace {
         for _ in 0..TURN {
             while let Some(rest) = self.buffer.get(self.start..self.end).filter(|rest| !rest.is_empty()) {
                 match rustix::io::write(to, rest) {
@@ -105,16 +110,29 @@ impl Stream {
         Self { socket, phase: Phase::Hello(Vec::new()) }
     }
 
+    /// From now on it goes to a port.
+    pub fn carry(&mut self, port: Port) {
+        self.phase = Phase::Port(port);
+    }
+
+    /// The connection and the port that it goes to.
+    pub fn port(&mut self) -> Option<(BorrowedFd<'_>, &mut Port)> {
+        match &mut self.phase {
+            Phase::Port(port) => Some((self.socket.as_fd(), port)),
+            _ => None,
+        }
+    }
+
     fn process(&self) -> Option<u32> {
         match &self.phase {
-            Phase::Hello(_) => None,
+            Phase::Hello(_) | Phase::Port(_) => None,
             Phase::Parked(process, _) => Some(*process),
             Phase::Open(relay) => Some(relay.process),
         }
     }
 
     /// Answers the hello. The socket's buffer is empty: a reply always fits.
-    fn reply(&self, error: &str) -> bool {
+    pub fn reply(&self, error: &str) -> bool {
         let reply = StreamReply { error: error.to_owned() }.encode_length_delimited_to_vec();
         rustix::io::write(&self.socket, &reply).is_ok_and(|count| count == reply.len())
     }
@@ -169,6 +187,7 @@ impl Agent {
                 }
             },
             Phase::Parked(..) => {}
+            Phase::Port(_) => self.go_on_with_port(id),
             Phase::Open(relay) => {
                 let (socket, local) = (stream.socket.as_fd(), relay.local.as_fd());
                 let inward = relay.inward.as_mut().map(|flow| flow.pump(socket, local, false));
@@ -197,8 +216,14 @@ impl Agent {
             }
             return;
         }
-        let process = self.process_id(&hello.container, &hello.exec);
-        if let Err(error) = process.and_then(|process| self.attach(id, process, kind))
+        let connected = match kind {
+            Kind::Port => self.connect_port(id, hello),
+            _ => {
+                let process = self.process_id(&hello.container, &hello.exec);
+                process.and_then(|process| self.attach(id, process, kind))
+            }
+        };
+        if let Err(error) = connected
             && let Some(stream) = self.streams.remove(&id)
         {
             stream.reply(&error.message);

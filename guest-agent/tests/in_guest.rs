@@ -26,8 +26,8 @@ fn call<R: Message + Default>(method: &'static str, request: &impl Message) -> R
 
 fn stream(container: &str, exec: &str, kind: Kind, path: &str) -> Result<UnixStream, String> {
     let mut socket = UnixStream::connect("/run/agent/streams").unwrap();
-    let hello =
-        StreamHello { container: container.into(), exec: exec.into(), kind: kind.into(), path: path.into() };
+    let (container, exec, path) = (container.into(), exec.into(), path.into());
+    let hello = StreamHello { container, exec, kind: kind.into(), path, ..StreamHello::default() };
     write_message(&mut socket, &hello).unwrap();
     let reply: StreamReply = read_message(&mut socket).unwrap();
     if reply.error.is_empty() { Ok(socket) } else { Err(reply.error) }

@@ -2,6 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
+use std::sync::Arc;
 
 use bulkhead_runtime::logs::rfc3339;
 use bulkhead_runtime::settings::Level;
@@ -11,9 +12,9 @@ use bulkhead_runtime::{Context, Result};
 use crate::args::{Global, LogFormat};
 
 /// The log of this call.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Log {
-    file: Option<File>,
+    file: Option<Arc<File>>,
     format: LogFormat,
     level: Level,
 }
@@ -31,7 +32,7 @@ impl Log {
                 .open(path)
                 .context(|| format!("cannot open the log {}", path.display()))
         };
-        let file = global.log.as_ref().map(open).transpose()?;
+        let file = global.log.as_ref().map(open).transpose()?.map(Arc::new);
         let level = if global.debug { Level::Debug } else { Level::default() };
         Ok(Self { file, format: global.log_format, level })
     }
@@ -72,7 +73,7 @@ impl Log {
     }
 
     fn line(&self, level: &str, message: &str) {
-        let Some(mut file) = self.file.as_ref() else { return };
+        let Some(mut file) = self.file.as_deref() else { return };
         let time = rfc3339(now_ns());
         let line = match self.format {
             LogFormat::Json => {

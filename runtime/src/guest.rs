@@ -1,6 +1,7 @@
 //! How the host talks to the agent in a guest: through the monitor's vsock socket.
 
 use std::io::{self, Read, Write};
+use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -47,15 +48,27 @@ impl Guest {
     /// As [`Guest::agent`], and the agent's refusal.
     pub fn stream(&self, container: &str, exec: &str, kind: Kind, path: &str) -> Result<UnixStream> {
         let what = || format!("cannot connect the {} of the container", kind.as_str_name().to_lowercase());
+        let (container, exec, path) = (container.into(), exec.into(), path.into());
+        let hello = StreamHello { container, exec, kind: kind.into(), path, ..StreamHello::default() };
+        self.say(&hello, what)
+    }
+
+    /// Connects to a port of the loopback in the guest, by IPv4 or IPv6, whichever of them somebody listens with. That of
+    /// `address` is tried first.
+    ///
+    /// # Errors
+    /// As [`Guest::agent`], or nobody listens there.
+    pub fn port(&self, address: SocketAddr) -> Result<UnixStream> {
+        let port = address.port().into();
+        let hello =
+            StreamHello { kind: Kind::Port.into(), port, ipv6: address.is_ipv6(), ..StreamHello::default() };
+        self.say(&hello, || format!("cannot connect to port {} in the guest", address.port()))
+    }
+
+    fn say(&self, hello: &StreamHello, what: impl Fn() -> String + Copy) -> Result<UnixStream> {
         let mut connection = self.connect(STREAM_PORT)?;
-        let hello = StreamHello {
-            container: container.into(),
-            exec: exec.into(),
-            kind: kind.into(),
-            path: path.into(),
-        };
         connection.set_read_timeout(Some(PATIENCE)).context(what)?;
-        stream::write_message(&mut connection, &hello).context(what)?;
+        stream::write_message(&mut connection, hello).context(what)?;
         accepted(&mut connection).context(what)?;
         connection.set_read_timeout(None).context(what)?;
         Ok(connection)

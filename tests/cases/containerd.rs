@@ -2,6 +2,8 @@
 //! same steps with the same daemon.
 
 use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
@@ -9,6 +11,8 @@ use bulkhead_tests::host::Host;
 use bulkhead_tests::process::{Finished, Program};
 use bulkhead_tests::registry::Needs;
 use bulkhead_tests::test;
+use rustix::process::Signal;
+use serde_json::json;
 
 use crate::daemons::{Daemon, Step, lives, side_by_side};
 
@@ -109,6 +113,57 @@ fn in_the_background(ctr: &Ctr<'_>) -> Result<()> {
     Ok(())
 }
 
+/// Where ctr looks for networks, of which it takes the first, and for what makes them. It cannot be told otherwise.
+const NETWORKS: &str = "/etc/cni/net.d";
+const PLUGINS: &str = "/opt/cni/bin";
+
+/// What `--cni` needs, for the time of this.
+struct Network<'a> {
+    host: &'a Host,
+}
+
+impl<'a> Network<'a> {
+    fn new(host: &'a Host) -> Result<Self> {
+        let data = host.work().join("addresses").display().to_string();
+        let ranges = json!({"type": "host-local", "subnet": "10.97.0.0/24", "dataDir": data, "routes": [{"dst": "0.0.0.0/0"}]});
+        let bridge = json!({"type": "bridge", "bridge": "ctr0", "isGateway": true, "ipam": ranges});
+        let list = json!({"cniVersion": "1.0.0", "name": "ctr", "plugins": [bridge]});
+        fs::create_dir_all(NETWORKS)?;
+        fs::write(Path::new(NETWORKS).join("00-ctr.conflist"), list.to_string())?;
+        fs::create_dir_all("/opt/cni")?;
+        symlink("/usr/lib/cni", PLUGINS)?;
+        Ok(Self { host })
+    }
+}
+
+impl Drop for Network<'_> {
+    fn drop(&mut self) {
+        let _ = self.host.run(["ip", "link", "delete", "ctr0"]);
+        let _ = fs::remove_file(PLUGINS);
+        let _ = fs::remove_file(Path::new(NETWORKS).join("00-ctr.conflist"));
+    }
+}
+
+/// The network is made between `create` and `start`.
+fn cni(ctr: &Ctr<'_>) -> Result<()> {
+    let _network = Network::new(ctr.host)?;
+    let www = ctr.host.work().join("www");
+    fs::create_dir_all(&www)?;
+    fs::write(www.join("f"), "from the host\n")?;
+    let server = Program::new(["busybox", "httpd", "-f", "-p", "8097", "-h"]).args([&www]).spawn()?;
+    let script = "ip -4 -o address show eth0 | grep -o 'inet 10.97.0.'; wget -q -O - http://10.97.0.1:8097/f; \
+                  ip route | grep -c default";
+    let done = ctr.run(&["--rm", "--cni"], "cni", &["sh", "-c", script])?;
+    server.signal(Signal::TERM)?;
+    server.wait()?;
+    done.ok()?.stdout_is("inet 10.97.0.\nfrom the host\n1\n")?;
+    // And the address is given back.
+    let held = fs::read_dir(ctr.host.work().join("addresses/ctr"))?.flatten();
+    let held: Vec<_> = held.filter(|entry| entry.file_name().to_string_lossy().starts_with("10.")).collect();
+    ensure!(held.is_empty(), "{held:?} are still given away");
+    Ok(())
+}
+
 fn more_processes(ctr: &Ctr<'_>) -> Result<()> {
     let exec = ["task", "exec", "--exec-id", "e1"];
     let script = ["life", "sh", "-c", "echo in; exit 9"];
@@ -138,13 +193,14 @@ fn its_end(ctr: &Ctr<'_>) -> Result<()> {
     ctr.all(&[&["containers", "rm", "life"]])
 }
 
-fn steps<'a>() -> [Step<Ctr<'a>>; 9] {
+fn steps<'a>() -> [Step<Ctr<'a>>; 10] {
     [
         ("the first `ctr run --rm … true`", returns),
         ("`ctr run --rm … true`", returns),
         ("run: status, streams, --env, --cwd", status_and_streams),
         ("run of what is missing, or no program", no_such_program),
         ("run --read-only, --mount, --snapshotter native", files),
+        ("run --cni", cni),
         ("run -d, task ls, ps, metrics", in_the_background),
         ("task exec --user --cwd", more_processes),
         ("task pause, resume", suspended),

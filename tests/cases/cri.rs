@@ -17,23 +17,25 @@ use bulkhead_tests::test;
 use serde_json::json;
 
 use crate::containerd::IMAGE;
+use crate::cri_streams::{exec_and_attach, port_forward};
+use crate::cri_volumes::{comings_and_goings, volumes};
 use crate::daemons::{Daemon, Step, side_by_side};
 
-const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(20);
 /// An image that does nothing for long, which holds a pod together.
 const PAUSE: &str = "docker.io/library/pause:latest";
 const MIB: i64 = 1 << 20;
 
 /// A node with one runtime.
-struct Node<'a> {
-    host: &'a Host,
-    cri: Cri,
+pub struct Node<'a> {
+    pub host: &'a Host,
+    pub cri: Cri,
     containerd: String,
-    handler: &'static str,
+    pub handler: &'static str,
 }
 
 impl Node<'_> {
-    fn pod(&self, name: &str) -> Pod {
+    pub fn pod(&self, name: &str) -> Pod {
         let metadata = PodMetadata {
             name: name.into(),
             uid: format!("{}-{name}", self.handler),
@@ -54,24 +56,37 @@ impl Node<'_> {
         }
     }
 
-    /// Makes and starts a container.
-    fn start(&self, pod: (&str, &Pod), name: &str, attempt: u32, script: &str) -> Result<String> {
+    /// A container that runs a script.
+    pub fn container(&self, name: &str, attempt: u32, script: &str) -> Container {
         let image = Image { image: IMAGE.into(), ..Image::default() };
-        let linux = LinuxContainer { resources: Some(Resources { memory_limit: 64 * MIB }) };
-        let container = Container {
+        let linux = LinuxContainer {
+            resources: Some(Resources { memory_limit: 64 * MIB }),
+            ..LinuxContainer::default()
+        };
+        Container {
             metadata: Some(ContainerMetadata { name: name.into(), attempt }),
             image: Some(image),
             command: ["sh", "-c", script].map(str::to_owned).to_vec(),
             log_path: format!("{name}.log"),
             linux: Some(linux),
-        };
+            ..Container::default()
+        }
+    }
+
+    /// Makes and starts it.
+    pub fn start(&self, pod: (&str, &Pod), name: &str, attempt: u32, script: &str) -> Result<String> {
+        self.start_this(pod, self.container(name, attempt, script))
+    }
+
+    /// Makes and starts a container.
+    pub fn start_this(&self, pod: (&str, &Pod), container: Container) -> Result<String> {
         let id = self.cri.create(pod.0, pod.1, container)?;
         self.cri.on("StartContainer", &id, 0)?;
         Ok(id)
     }
 
     /// Waits for a container's end; answers its status and the reason.
-    fn ended(&self, id: &str) -> Result<(i32, String)> {
+    pub fn ended(&self, id: &str) -> Result<(i32, String)> {
         let mut status = self.cri.status(id)?;
         self.host.eventually("its end", PATIENCE, || {
             status = self.cri.status(id)?;
@@ -80,7 +95,7 @@ impl Node<'_> {
         Ok((status.exit_code, status.reason))
     }
 
-    fn remove(&self, pod: &str) -> Result<()> {
+    pub fn remove(&self, pod: &str) -> Result<()> {
         self.cri.on("StopPodSandbox", pod, 0)?;
         self.cri.on("RemovePodSandbox", pod, 0)
     }
@@ -184,12 +199,16 @@ fn without_a_pause_container(node: &Node<'_>) -> Result<()> {
     node.remove(&pod)
 }
 
-fn steps<'a>() -> [Step<Node<'a>>; 4] {
+fn steps<'a>() -> [Step<Node<'a>>; 8] {
     [
         ("a pod comes and goes", comes_and_goes),
         ("once more", comes_and_goes),
         ("containers of a pod: network, log, exec, limits, OOM, again", containers_of_a_pod),
         ("two pods, one asks the other", two_pods),
+        ("exec and attach, with input and a terminal", exec_and_attach),
+        ("port-forward", port_forward),
+        ("volumes: read-write, read-only, a file, in memory", volumes),
+        ("an ephemeral container, a container started anew", comings_and_goings),
     ]
 }
 
@@ -242,6 +261,24 @@ fn daemon(host: &Host, program: &str) -> Result<Daemon> {
 test!(pods_are_as_with_runc, Needs::engines().deadline(300).shows_output().may_leave_things());
 fn pods_are_as_with_runc(host: &Host) -> Result<()> {
     with_containerd(host, "containerd", || {
+        let [quick, _, whole, rest @ ..] = steps();
+        let nodes = [node(host, "containerd", "runc")?, node(host, "containerd", "bulkhead")?];
+        let done = side_by_side(&nodes, &[quick, whole]);
+        let [_, bulkhead] = nodes;
+        done.and(side_by_side(&[bulkhead], &rest))
+    })
+}
+
+test!(
+    all_steps_beside_runc,
+    Needs::engines()
+        .deadline(300)
+        .shows_output()
+        .may_leave_things()
+        .pending("figures for docs/kubernetes.md, and that runc does the same: two minutes")
+);
+fn all_steps_beside_runc(host: &Host) -> Result<()> {
+    with_containerd(host, "containerd", || {
         let nodes = [node(host, "containerd", "runc")?, node(host, "containerd", "bulkhead")?];
         side_by_side(&nodes, &steps())
     })
@@ -249,7 +286,7 @@ fn pods_are_as_with_runc(host: &Host) -> Result<()> {
 
 test!(newer_containerds_take_the_shim, Needs::engines().deadline(300).shows_output().may_leave_things());
 fn newer_containerds_take_the_shim(host: &Host) -> Result<()> {
-    let [quick, _, whole, _] = steps();
+    let [_, _, whole, _, streams, ports, ..] = steps();
     // One of Debian's next release, one of the one after that, whatever their versions are by now.
     let names = fs::read_dir("/usr/bin")?.flatten().filter_map(|entry| entry.file_name().into_string().ok());
     let is_newer = |name: &String| {
@@ -261,7 +298,10 @@ fn newer_containerds_take_the_shim(host: &Host) -> Result<()> {
     for program in &programs {
         let done = if program.starts_with("containerd-1") {
             with_containerd(host, program, || {
-                side_by_side(&[(program.as_str(), node(host, program, "bulkhead")?.1)], &[quick, whole])
+                side_by_side(
+                    &[(program.as_str(), node(host, program, "bulkhead")?.1)],
+                    &[whole, streams, ports],
+                )
             })
         } else {
             by_both_ways(host, program)
@@ -273,7 +313,7 @@ fn newer_containerds_take_the_shim(host: &Host) -> Result<()> {
 
 /// containerd 2 and later: with a pause container, and by the sandbox API.
 fn by_both_ways(host: &Host, program: &str) -> Result<()> {
-    let [quick, _, whole, _] = steps();
+    let [quick, _, whole, _, streams, ports, ..] = steps();
     let first = daemon(host, program)?;
     side_by_side(&[(program, node(host, program, "bulkhead")?.1)], &[quick])?;
     // A pod that outlives its containerd.
@@ -288,18 +328,18 @@ fn by_both_ways(host: &Host, program: &str) -> Result<()> {
         ensure!(node.cri.exec(&container, &["hostname"])?.0 == "stays\n");
         node.remove(&pod)?;
         let alone: Step<_> = ("no pause container", without_a_pause_container);
-        side_by_side(&[("sandbox API", node)], &[quick, whole, alone])?;
+        side_by_side(&[("sandbox API", node)], &[quick, whole, streams, ports, alone])?;
         crate::disks::roots_on_disks(host).context("disks")
     })
 }
 
-fn node<'a>(host: &'a Host, containerd: &str, handler: &'static str) -> Result<(&'static str, Node<'a>)> {
+pub fn node<'a>(host: &'a Host, containerd: &str, handler: &'static str) -> Result<(&'static str, Node<'a>)> {
     let cri = Cri::connect(&host.work().join("containerd.sock"))?;
     Ok((handler, Node { host, cri, containerd: containerd.to_owned(), handler }))
 }
 
 /// Does something while a containerd runs, and sees to it that nothing that runs is left.
-fn with_containerd(host: &Host, program: &str, work: impl FnOnce() -> Result<()>) -> Result<()> {
+pub fn with_containerd(host: &Host, program: &str, work: impl FnOnce() -> Result<()>) -> Result<()> {
     let daemon = daemon(host, program)?;
     let done = work();
     // The bridge and the pods' addresses stay, as on any node.

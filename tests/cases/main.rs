@@ -5,6 +5,8 @@ mod bad_input;
 mod containerd;
 mod containers;
 mod cri;
+mod cri_streams;
+mod cri_volumes;
 mod daemons;
 mod disks;
 mod docker;
@@ -23,8 +25,10 @@ mod oci_console;
 mod oci_figures;
 mod oci_hooks;
 mod oci_host;
+mod oci_loopback;
 mod oci_states;
 mod oci_systemd;
+mod pod_figures;
 mod podman;
 mod pods;
 mod real_images;
@@ -51,7 +55,12 @@ fn shell(host: &Host, flags: &[&str], script: &str) -> Result<Finished> {
 fn main() {
     // In a container, as its process.
     let mut words = std::env::args_os().skip(1);
-    if words.next().is_some_and(|word| word == oci_figures::FLAG) {
+    let first = words.next();
+    if first.as_ref().is_some_and(|word| word == oci_loopback::FLAG) {
+        eprintln!("{}", oci_loopback::without_bpf(words));
+        std::process::exit(127);
+    }
+    if first.is_some_and(|word| word == oci_figures::FLAG) {
         let dir = words.next().unwrap_or_else(|| "/".into());
         if let Err(error) = oci_figures::measure_io(dir.as_ref()) {
             eprintln!("{error:#}");

@@ -1,7 +1,9 @@
 //! A client of Kubernetes' container runtime interface (CRI v1), as far as the tests need it: what kubelet says to
-//! containerd. Numbers of fields are those of cri-api's `api.proto`; what is not said here has its default.
+//! containerd.
 
-use std::collections::HashMap;
+mod messages;
+mod streaming;
+
 use std::path::Path;
 use std::time::Duration;
 
@@ -11,6 +13,16 @@ use tokio::runtime::Runtime;
 use tonic::client::Grpc;
 use tonic::codegen::http::uri::PathAndQuery;
 use tonic::transport::{Channel, Endpoint};
+
+use self::messages::{
+    Attach, Create, Empty, Exec, ExecAnswer, Id, IdAndNumber, PodStatusAnswer, PortForward, RunPod,
+    StatsAnswer, StatusAnswer, StreamingExec, Url,
+};
+pub use self::messages::{
+    Container, ContainerMetadata, Dns, Image, LinuxContainer, LinuxPod, Mount, NamespaceOptions, Pod,
+    PodMetadata, Resources, Security, Status,
+};
+pub use self::streaming::Session;
 
 /// How long one call may take.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -90,6 +102,38 @@ impl Cri {
         Ok((text(&answer.stdout), text(&answer.stderr), answer.status))
     }
 
+    /// Runs a program in a container with streams of its own; a terminal, or input, output and errors.
+    ///
+    /// # Errors
+    /// The runtime's.
+    pub fn exec_streams(&self, id: &str, tty: bool, command: &[&str]) -> Result<Session> {
+        let command = command.iter().map(|&word| word.to_owned()).collect();
+        let request =
+            StreamingExec { id: id.to_owned(), command, tty, stdin: true, stdout: true, stderr: !tty };
+        let answer: Url = self.call("Exec", request)?;
+        Session::open(&answer.url)
+    }
+
+    /// Connects to the streams of a container's first process.
+    ///
+    /// # Errors
+    /// The runtime's.
+    pub fn attach(&self, id: &str, tty: bool) -> Result<Session> {
+        let request = Attach { id: id.to_owned(), stdin: true, tty, stdout: true, stderr: !tty };
+        let answer: Url = self.call("Attach", request)?;
+        Session::open(&answer.url)
+    }
+
+    /// Connects to a port on the loopback of a pod.
+    ///
+    /// # Errors
+    /// The runtime's.
+    pub fn forward(&self, pod: &str, port: u16) -> Result<Session> {
+        let answer: Url =
+            self.call("PortForward", PortForward { pod: pod.to_owned(), ports: vec![port.into()] })?;
+        Session::open(&answer.url)
+    }
+
     /// Where a container is in its life.
     ///
     /// # Errors
@@ -132,230 +176,3 @@ impl Cri {
 
 /// `CONTAINER_EXITED` of `ContainerState`.
 pub const EXITED: i32 = 2;
-
-/// `PodSandboxConfig`.
-#[derive(Clone, PartialEq, Message)]
-pub struct Pod {
-    /// Its name and the like.
-    #[prost(message, optional, tag = "1")]
-    pub metadata: Option<PodMetadata>,
-    /// Of all its containers.
-    #[prost(string, tag = "2")]
-    pub hostname: String,
-    /// Where its containers' output is logged.
-    #[prost(string, tag = "3")]
-    pub log_directory: String,
-    /// For its containers' resolv.conf.
-    #[prost(message, optional, tag = "4")]
-    pub dns: Option<Dns>,
-    /// What Linux has besides.
-    #[prost(message, optional, tag = "8")]
-    pub linux: Option<LinuxPod>,
-}
-
-/// `DNSConfig`.
-#[derive(Clone, PartialEq, Message)]
-pub struct Dns {
-    /// Addresses of name servers.
-    #[prost(string, repeated, tag = "1")]
-    pub servers: Vec<String>,
-}
-
-/// `PodSandboxMetadata`.
-#[derive(Clone, PartialEq, Message)]
-pub struct PodMetadata {
-    /// Its name.
-    #[prost(string, tag = "1")]
-    pub name: String,
-    /// What tells it from an earlier one of this name.
-    #[prost(string, tag = "2")]
-    pub uid: String,
-    /// Kubernetes' namespace.
-    #[prost(string, tag = "3")]
-    pub namespace: String,
-}
-
-/// `LinuxPodSandboxConfig`.
-#[derive(Clone, PartialEq, Message)]
-pub struct LinuxPod {
-    /// The sum of its containers' limits.
-    #[prost(message, optional, tag = "5")]
-    pub resources: Option<Resources>,
-}
-
-/// `LinuxContainerResources`.
-#[derive(Clone, PartialEq, Message)]
-pub struct Resources {
-    /// Bytes.
-    #[prost(int64, tag = "4")]
-    pub memory_limit: i64,
-}
-
-/// `ContainerConfig`.
-#[derive(Clone, PartialEq, Message)]
-pub struct Container {
-    /// Its name.
-    #[prost(message, optional, tag = "1")]
-    pub metadata: Option<ContainerMetadata>,
-    /// Its image.
-    #[prost(message, optional, tag = "2")]
-    pub image: Option<Image>,
-    /// Program and arguments.
-    #[prost(string, repeated, tag = "3")]
-    pub command: Vec<String>,
-    /// Its file in the pod's directory of logs.
-    #[prost(string, tag = "11")]
-    pub log_path: String,
-    /// What Linux has besides.
-    #[prost(message, optional, tag = "15")]
-    pub linux: Option<LinuxContainer>,
-}
-
-/// `ContainerMetadata`.
-#[derive(Clone, PartialEq, Message)]
-pub struct ContainerMetadata {
-    /// Its name.
-    #[prost(string, tag = "1")]
-    pub name: String,
-    /// How often it has been started again.
-    #[prost(uint32, tag = "2")]
-    pub attempt: u32,
-}
-
-/// `ImageSpec`.
-#[derive(Clone, PartialEq, Message)]
-pub struct Image {
-    /// Its name.
-    #[prost(string, tag = "1")]
-    pub image: String,
-    /// What is said of it.
-    #[prost(map = "string, string", tag = "2")]
-    pub annotations: HashMap<String, String>,
-}
-
-/// `LinuxContainerConfig`.
-#[derive(Clone, PartialEq, Message)]
-pub struct LinuxContainer {
-    /// Its limits.
-    #[prost(message, optional, tag = "1")]
-    pub resources: Option<Resources>,
-}
-
-/// `ContainerStatus`.
-#[derive(Clone, PartialEq, Message)]
-pub struct Status {
-    /// `ContainerState`.
-    #[prost(int32, tag = "3")]
-    pub state: i32,
-    /// Once it has ended.
-    #[prost(int32, tag = "7")]
-    pub exit_code: i32,
-    /// `Completed`, `Error`, `OOMKilled`.
-    #[prost(string, tag = "10")]
-    pub reason: String,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Empty {}
-
-#[derive(Clone, PartialEq, Message)]
-struct Id {
-    #[prost(string, tag = "1")]
-    id: String,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct IdAndNumber {
-    #[prost(string, tag = "1")]
-    id: String,
-    #[prost(int64, tag = "2")]
-    number: i64,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct RunPod {
-    #[prost(message, optional, tag = "1")]
-    config: Option<Pod>,
-    #[prost(string, tag = "2")]
-    handler: String,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Create {
-    #[prost(string, tag = "1")]
-    pod: String,
-    #[prost(message, optional, tag = "2")]
-    config: Option<Container>,
-    #[prost(message, optional, tag = "3")]
-    pod_config: Option<Pod>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Exec {
-    #[prost(string, tag = "1")]
-    id: String,
-    #[prost(string, repeated, tag = "2")]
-    command: Vec<String>,
-    #[prost(int64, tag = "3")]
-    timeout: i64,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct ExecAnswer {
-    #[prost(bytes, tag = "1")]
-    stdout: Vec<u8>,
-    #[prost(bytes, tag = "2")]
-    stderr: Vec<u8>,
-    #[prost(int32, tag = "3")]
-    status: i32,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct StatusAnswer {
-    #[prost(message, optional, tag = "1")]
-    status: Option<Status>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct StatsAnswer {
-    #[prost(message, optional, tag = "1")]
-    stats: Option<Stats>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Stats {
-    #[prost(message, optional, tag = "3")]
-    memory: Option<Memory>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Memory {
-    #[prost(message, optional, tag = "2")]
-    working_set: Option<Number>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Number {
-    #[prost(uint64, tag = "1")]
-    value: u64,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct PodStatusAnswer {
-    #[prost(message, optional, tag = "1")]
-    status: Option<PodStatus>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct PodStatus {
-    #[prost(int32, tag = "3")]
-    state: i32,
-    #[prost(message, optional, tag = "5")]
-    network: Option<PodNetwork>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct PodNetwork {
-    #[prost(string, tag = "1")]
-    ip: String,
-}

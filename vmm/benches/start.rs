@@ -58,10 +58,12 @@ fn restores(place: &Place) {
         .write("first", format!(r#"{{"boot":{{"kernel":{kernel:?}}},"control":{control:?},{devices}}}"#));
     let mut child = common::monitor().arg("--config").arg(first).spawn().unwrap();
     let mut client = loop {
-        match Client::connect(&control) {
-            Ok(mut client) if client.status().is_ok_and(|status| status.console_tail == "x") => break client,
-            _ => thread::sleep(Duration::from_millis(2)),
+        if let Ok(mut client) = Client::connect(&control)
+            && client.status().is_ok_and(|status| status.console_tail == "x")
+        {
+            break client;
         }
+        thread::sleep(Duration::from_millis(2));
     };
     let directory = place.path("snapshot");
     let taken = client.call(Method::Snapshot(directory.clone())).unwrap();

@@ -90,6 +90,7 @@ impl Agent {
             oom_score_adj,
             oom_kills_seen: 0,
             deleting: None,
+            emptied: None,
             never_created: None,
         };
         self.containers.insert(id.clone(), container);
@@ -321,6 +322,12 @@ impl Agent {
         let container = self.container_mut(id)?;
         container.cgroup.kill()?;
         container.deleting.get_or_insert_default().push(ticket);
+        if container.emptied.is_none() {
+            // Orphans in a pid namespace of another container's are that one's children: no signal tells of their end.
+            let events = container.cgroup.events()?;
+            self.watch(&events, Source::Signals)?;
+            self.container_mut(id)?.emptied = Some(events);
+        }
         self.finish_deletions();
         Ok(())
     }

@@ -20,6 +20,7 @@ pub mod spec;
 pub mod terminal;
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::path::PathBuf;
 
 use crate::error::{Error, Result};
@@ -51,6 +52,8 @@ pub struct Container {
     oom_kills_seen: u64,
     /// It is to go; the delete calls that wait for its last process to end.
     deleting: Option<Vec<Ticket>>,
+    /// Watched while it is to be deleted: its cgroup's account of whether any process is alive.
+    emptied: Option<File>,
     /// The create call to be told why there is no container.
     never_created: Option<(Ticket, Error)>,
 }

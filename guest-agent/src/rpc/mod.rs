@@ -3,7 +3,7 @@
 mod dispatch;
 mod guest;
 #[cfg(test)]
-mod tests;
+pub mod tests;
 
 use std::os::fd::OwnedFd;
 

@@ -11,8 +11,8 @@ use prost::Message;
 
 use crate::agent::Agent;
 
-/// Runs an agent of its own while `body` talks to it.
-fn with_agent(body: impl FnOnce(&str)) {
+/// Runs an agent of its own while `body` talks to it: its sockets `agent` and `streams` are in the directory.
+pub fn with_agent(body: impl FnOnce(&str)) {
     let directory = tempfile::tempdir().unwrap();
     let path = |name: &str| directory.path().join(name);
     let listen = |name: &str| {
@@ -26,7 +26,7 @@ fn with_agent(body: impl FnOnce(&str)) {
     let agent = std::thread::spawn(move || {
         Agent::new(rpc, streams).unwrap().run_until(|_| seen.load(Ordering::Relaxed));
     });
-    body(&format!("unix://{}", path("agent").display()));
+    body(&directory.path().display().to_string());
     done.store(true, Ordering::Relaxed);
     agent.join().unwrap();
 }
@@ -49,8 +49,8 @@ fn code(error: ttrpc::Error) -> i32 {
 
 #[test]
 fn the_ttrpc_crate_understands_us() {
-    with_agent(|address| {
-        let client = ttrpc::Client::connect(address).unwrap();
+    with_agent(|directory| {
+        let client = ttrpc::Client::connect(&format!("unix://{directory}/agent")).unwrap();
         let answer = call(&client, "Configure", &ConfigureRequest::default()).unwrap();
         let info = GuestInfo::decode(answer.as_slice()).unwrap();
         assert_eq!(info.protocol, PROTOCOL_VERSION);
@@ -68,8 +68,9 @@ fn the_ttrpc_crate_understands_us() {
 
 #[test]
 fn many_connections_do_not_mix() {
-    with_agent(|address| {
-        let clients: Vec<_> = (0..20).map(|_| ttrpc::Client::connect(address).unwrap()).collect();
+    with_agent(|directory| {
+        let clients: Vec<_> =
+            (0..20).map(|_| ttrpc::Client::connect(&format!("unix://{directory}/agent")).unwrap()).collect();
         for (number, client) in clients.iter().enumerate() {
             let missing =
                 ProcessRequest { container: format!("c{number}"), exec: String::new(), bound: false };

@@ -34,6 +34,7 @@ pub use self::stand_in::View;
 pub use self::talk::{Ask, GoOn, Says, ask, kill};
 use self::talk::{answer, next_call, socket};
 use crate::config::{Bundle, Wanted};
+use crate::log::Log;
 use crate::pod::Partner;
 use crate::store::{Container, Root, Status, start_of};
 use crate::{console, hooks};
@@ -61,6 +62,8 @@ pub struct Plan {
     pub console_socket: Option<PathBuf>,
     /// To `create`.
     pub caller: Wire,
+    /// Where it is said what could not be done.
+    pub log: Log,
 }
 
 /// How the container's process ended.
@@ -311,6 +314,7 @@ impl Sandbox {
 
     /// Until the container's process has ended and all it wrote has been passed on.
     fn attend(&mut self, relay: Relay) -> Result<End> {
+        self.take_loopback();
         let mut waiting = self.guest.agent()?;
         let container = guest_id(&self.plan.container.id);
         let request = ProcessRequest { container, exec: String::new(), bound: true };
@@ -368,6 +372,23 @@ impl Sandbox {
                     }
                 }
             }
+        }
+    }
+
+    /// Has connections to the loopback of one's own network namespace reach the guest's. Beside everything else: nobody has
+    /// to wait for it, and a container can do without.
+    fn take_loopback(&self) {
+        let container = &self.plan.container;
+        let (Some(namespace), None) = (container.network.clone(), &container.pod) else { return };
+        let (guest, log) = (self.guest.clone(), self.plan.log.clone());
+        let work = move || {
+            if let Err(error) = network::loopback::serve(&namespace, &guest) {
+                let rest = "`kubectl port-forward`, which connects there, does not work for this container";
+                log.warn(&format!("{}; {rest}", error.chain()));
+            }
+        };
+        if let Err(error) = std::thread::Builder::new().name("loopback".into()).spawn(work) {
+            self.plan.log.warn(&format!("cannot start a thread for the container's loopback: {error}"));
         }
     }
 

@@ -95,6 +95,7 @@ fn make(context: &Context, wish: &Create, detach: bool) -> Result<i32> {
         artefacts,
         console_socket: wish.console_socket.clone(),
         caller,
+        log: context.log.clone(),
     };
     launch(context, wish, &hooks, plan).inspect_err(|_| clean_up(context, &wish.id, &hooks))
 }

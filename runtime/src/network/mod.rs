@@ -9,6 +9,7 @@
 //! is killed: the next [`attach`] to that namespace removes it.
 
 mod describe;
+pub mod loopback;
 pub mod names;
 mod namespace;
 mod passt;

@@ -2,8 +2,8 @@
 //!
 //! | file | what |
 //! |---|---|
-//! | `state` | everything but memory: see [`Snapshot`] and, for its form, [`file`] |
-//! | `memory` | the guest's memory, see [`memory`] |
+//! | `state` | everything but memory: see [`Snapshot`] and, for its form, [`mod@file`] |
+//! | `memory` | the guest's memory, see [`mod@memory`] |
 //!
 //! The directory appears under its name when it is complete, never before. docs/snapshots.md says what is compatible with
 //! what.

@@ -2,9 +2,9 @@
 
 use std::os::fd::BorrowedFd;
 
-use crate::bpf::{self, Instruction, op};
 use crate::container::spec::DeviceRule;
 use crate::error::{Context, Error, Result};
+use bulkhead_bpf::{self as bpf, Instruction, op};
 
 const MKNOD: i32 = 1;
 const READ: i32 = 2;
@@ -157,7 +157,7 @@ fn program(rules: &[DeviceRule]) -> Result<Vec<Instruction>> {
 pub fn restrict(cgroup: BorrowedFd<'_>, rules: &[DeviceRule]) -> Result<()> {
     let program = bpf::load(bpf::CGROUP_DEVICE, &program(rules)?)
         .context(|| "load the program for resources.devices")?;
-    bpf::attach(cgroup, &program, bpf::CGROUP_DEVICE)
+    bpf::attach_to_cgroup(cgroup, &program, bpf::CGROUP_DEVICE)
         .context(|| "attach the program for resources.devices (CONFIG_CGROUP_BPF)")
 }
 

@@ -136,6 +136,15 @@ impl Cgroup {
         self.read("cgroup.events").lines().any(|line| line == "populated 1")
     }
 
+    /// A file that is ready whenever [`Self::is_populated`] has changed.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn events(&self) -> Result<fs::File> {
+        fs::File::open(self.path.join("cgroup.events"))
+            .context(|| format!("watch cgroup {}", self.path.display()))
+    }
+
     /// How often the kernel has killed a process of the group for want of memory.
     pub fn oom_kills(&self) -> u64 {
         stats::keyed(&self.read("memory.events"), "oom_kill")
