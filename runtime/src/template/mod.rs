@@ -1,7 +1,7 @@
 //! Machines that have booted once, for all that come after them: a sandbox starts from the snapshot of one whose agent was up
 //! and that had nothing in its drives and nothing on its cables.
 //!
-//! There is one for each combination of kernel, agent, monitor, host, processors, memory and devices ([`key`]), made when it is
+//! There is one for each combination of kernel, agent, monitor, host, processors, memory and devices (see `key`), made when it is
 //! first wanted. A template is a directory that appears under its key when it is complete; of two that would make the same one
 //! at once, one does and the other boots. What was killed half-way is cleared away by the next that makes one.
 
