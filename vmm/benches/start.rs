@@ -12,7 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::{Guest, Place, kvm};
-use vmm::control::{Client, Method};
+use vmm::control::{Client, Method, SnapshotRequest};
 use vmm::timeline::{START_ENV, now_ns};
 
 const RUNS: usize = 50;
@@ -66,7 +66,7 @@ fn restores(place: &Place) {
         thread::sleep(Duration::from_millis(2));
     };
     let directory = place.path("snapshot");
-    let taken = client.call(Method::Snapshot(directory.clone())).unwrap();
+    let taken = client.call(save(directory.clone())).unwrap();
     client.call(Method::Quit).unwrap();
     child.wait().unwrap();
     let ready = place.path("ready");
@@ -158,4 +158,8 @@ fn dirty_memory(place: &Place) -> u64 {
         }
     }
     total
+}
+
+fn save(directory: std::path::PathBuf) -> Method {
+    Method::Snapshot(SnapshotRequest { directory, durable: false })
 }

@@ -11,7 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::{Guest, Place, kvm, monitor, stderr};
-use vmm::control::{Client, Method};
+use vmm::control::{Client, Method, SnapshotRequest};
 
 /// Where the guest keeps what only a machine with its memory knows.
 const KEPT: u32 = 0x40_0000;
@@ -64,7 +64,7 @@ fn a_machine_goes_on_where_it_stood_as_often_as_one_likes() {
     let place = Place::new();
     let (mut child, mut client) = start(&place, &counter(400_000), &["--memory", "64"]);
     let directory = place.path("saved");
-    let taken = client.call(Method::Snapshot(directory.clone())).unwrap();
+    let taken = client.call(save(directory.clone())).unwrap();
     // The guest has touched a few hundred KiB; its 64 MiB must not be in the file.
     assert!(taken["memory_bytes"].as_u64().unwrap() < 2 << 20, "{taken}");
     use std::os::unix::fs::MetadataExt;
@@ -96,7 +96,7 @@ fn a_machine_that_goes_on_can_be_saved_again() {
     let (mut child, mut client) = start(&place, &counter(u32::MAX), &["--vcpus", "2"]);
     client.call(Method::Pause).unwrap();
     let first = place.path("first");
-    let taken = client.call(Method::Snapshot(first.clone())).unwrap();
+    let taken = client.call(save(first.clone())).unwrap();
     assert_eq!(taken["pause_ns"], 0, "it stood already");
     assert_eq!(client.status().unwrap().state, "paused");
     client.call(Method::Quit).unwrap();
@@ -115,7 +115,7 @@ fn a_machine_that_goes_on_can_be_saved_again() {
     assert_eq!(status.machine.vcpus, 2);
     assert!(status.vcpus[0].rip >= u64::from(common::ENTRY), "{status:?}");
     let second = place.path("second");
-    client.call(Method::Snapshot(second.clone())).unwrap();
+    client.call(save(second.clone())).unwrap();
     client.call(Method::Quit).unwrap();
     child.wait().unwrap();
     let memory = |directory: &Path| fs::read(directory.join("memory")).unwrap();
@@ -134,12 +134,12 @@ fn what_does_not_fit_is_refused_with_the_reason() {
     let place = Place::new();
     let (mut child, mut client) = start(&place, &counter(u32::MAX), &[]);
     let good = place.path("good");
-    client.call(Method::Snapshot(good.clone())).unwrap();
-    let error = client.call(Method::Snapshot(good.clone())).unwrap_err().to_string();
+    client.call(save(good.clone())).unwrap();
+    let error = client.call(save(good.clone())).unwrap_err().to_string();
     assert!(error.contains("exists already"), "{error}");
-    let error = client.call(Method::Snapshot("relative".into())).unwrap_err().to_string();
+    let error = client.call(save("relative".into())).unwrap_err().to_string();
     assert!(error.contains("absolute"), "{error}");
-    let error = client.call(Method::Snapshot(place.path("no/such"))).unwrap_err().to_string();
+    let error = client.call(save(place.path("no/such"))).unwrap_err().to_string();
     assert!(error.contains("No such file"), "{error}");
     // None of it has hurt the machine.
     assert_eq!(client.status().unwrap().state, "running");
@@ -193,7 +193,7 @@ fn a_full_disk_leaves_the_machine_running_and_no_snapshot() {
     );
     let mut child = Command::new("sh").arg("-c").arg(script).spawn().unwrap();
     let mut client = connect(&socket, &mut child);
-    let error = client.call(Method::Snapshot(place.path("saved"))).unwrap_err().to_string();
+    let error = client.call(save(place.path("saved"))).unwrap_err().to_string();
     assert!(error.contains("File too large"), "{error}");
     assert_eq!(client.status().unwrap().state, "running");
     let left: Vec<_> =
@@ -201,4 +201,8 @@ fn a_full_disk_leaves_the_machine_running_and_no_snapshot() {
     assert!(left.iter().all(|name| !name.to_string_lossy().starts_with("saved")), "{left:?}");
     client.call(Method::Quit).unwrap();
     child.wait().unwrap();
+}
+
+fn save(directory: std::path::PathBuf) -> Method {
+    Method::Snapshot(SnapshotRequest { directory, durable: false })
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::pipe::{PipeFlags, pipe_with};
 use vmm::config::{Config, DiskConfig, NetworkConfig};
-use vmm::control::{Client, Method};
+use vmm::control::{Client, Method, SnapshotRequest};
 
 use super::{Wanted, empty_share, forget_failure};
 use crate::monitor::{Monitor, outline};
@@ -82,8 +82,10 @@ fn boot_and_save(artefacts: &Artefacts, files: &Files, wanted: &Wanted<'_>, dire
     monitor.wait_ready(&quiet, || false)?;
     let failed =
         |error: vmm::control::ClientError| Error::Monitor(format!("a template cannot be saved: {error}"));
+    // No longer than the host's boot, which is part of its key.
+    let wish = SnapshotRequest { directory: directory.to_owned(), durable: false };
     Client::connect(&files.control())
-        .and_then(|mut client| client.call(Method::Snapshot(directory.to_owned())))
+        .and_then(|mut client| client.call(Method::Snapshot(wish)))
         .map_err(failed)?;
     monitor.discard();
     Ok(())

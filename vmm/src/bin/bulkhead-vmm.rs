@@ -11,7 +11,7 @@ use vmm::config::{
     BootConfig, Config, ConsoleConfig, DEFAULT_CMDLINE, DiskConfig, Input, MachineConfig, NetworkConfig,
     Output, SerialConfig, VsockConfig,
 };
-use vmm::control::{Client, Method};
+use vmm::control::{Client, Method, SnapshotRequest};
 use vmm::error::{STATUS_KVM_UNUSABLE, STATUS_OS, STATUS_USAGE};
 use vmm::exit::Outcome;
 use vmm::machine::Machine;
@@ -156,7 +156,7 @@ fn method_of(method: CtlMethod, directory: Option<&Path>) -> vmm::Result<Method>
         }
         // The monitor's working directory is not this process's.
         (CtlMethod::Snapshot, Some(directory)) => match std::path::absolute(directory) {
-            Ok(directory) => Ok(Method::Snapshot(directory)),
+            Ok(directory) => Ok(Method::Snapshot(SnapshotRequest { directory, durable: true })),
             Err(error) => usage(&format!("the directory {directory:?}: {error}")),
         },
         (_, Some(_)) => usage("only snapshot takes a directory"),

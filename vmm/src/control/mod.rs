@@ -12,7 +12,7 @@
 //! | `status` | [`Status`] |
 //! | `metrics` | what each device counted, and the timeline |
 //! | `pause`, `resume` | `{}`: all vCPUs stand still, or run |
-//! | `{"snapshot":DIR}` | [`Taken`]: the machine was saved to the directory DIR, which did not exist |
+//! | `{"snapshot":{"directory":DIR}}` | [`Taken`]: the machine was saved to the directory DIR, which did not exist |
 //! | `quit` | `{}`; then the monitor ends |
 
 mod client;
@@ -53,10 +53,25 @@ pub enum Method {
     Pause,
     /// Run again.
     Resume,
-    /// Save the machine to this directory.
-    Snapshot(PathBuf),
+    /// Save the machine.
+    Snapshot(SnapshotRequest),
     /// End.
     Quit,
+}
+
+/// Where a machine is saved, and how well.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotRequest {
+    /// Absolute path of a directory that does not exist.
+    pub directory: PathBuf,
+    /// Whether the snapshot is to survive a loss of power, for which the disk is waited for while the guest stands still.
+    #[serde(default = "yes")]
+    pub durable: bool,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// An answer: a result or an error.

@@ -138,7 +138,7 @@ impl Service {
                 vcpus.resume();
                 Ok(json!({}))
             }
-            Method::Snapshot(directory) => match self.machine.save(&directory) {
+            Method::Snapshot(wish) => match self.machine.save(&wish.directory, wish.durable) {
                 Ok(taken) => serde_json::to_value(taken).map_err(|error| error.to_string()),
                 Err(error) => Err(chain(&error)),
             },

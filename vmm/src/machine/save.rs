@@ -24,19 +24,19 @@ pub struct Taken {
 }
 
 impl Running {
-    /// Saves the machine to `directory`. The guest stands still meanwhile, and goes on if it ran before.
+    /// Saves the machine to `directory`, with `durable` such that it survives a loss of power. The guest stands still meanwhile, and goes on if it ran before.
     ///
     /// # Errors
     /// When a device cannot be saved, a vCPU does not stop, or the directory cannot be written. The machine goes on, and
     /// nothing is left.
-    pub fn save(&self, directory: &Path) -> Result<Taken> {
+    pub fn save(&self, directory: &Path, durable: bool) -> Result<Taken> {
         if !directory.is_absolute() {
             return Err(Error::Config(format!("the snapshot's directory {directory:?} is no absolute path")));
         }
         let stood = self.vcpus.paused();
         let start = now_ns();
         let written = if self.vcpus.pause() {
-            self.write(directory)
+            self.write(directory, durable)
         } else {
             Err(Error::Unsaveable("a vCPU does not stop".to_owned()))
         };
@@ -47,7 +47,7 @@ impl Running {
         Ok(Taken { pause_ns, memory_bytes: written? })
     }
 
-    fn write(&self, directory: &Path) -> Result<u64> {
+    fn write(&self, directory: &Path, durable: bool) -> Result<u64> {
         let config = serde_json::to_string(&self.config).map_err(Error::os("encode the configuration"))?;
         let snapshot = Snapshot {
             identity: identity()?,
@@ -59,7 +59,7 @@ impl Running {
             // After the vCPUs, whose pending interrupts are settled by being asked.
             vm: VmState::save(&self.vm)?,
         };
-        snapshot::write(directory, snapshot, &self.memory, &self.base)
+        snapshot::write(directory, snapshot, &self.memory, &self.base, durable)
     }
 }
 

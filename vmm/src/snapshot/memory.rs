@@ -341,7 +341,7 @@ mod tests {
 
         #[test]
         fn few_pieces_remain_and_all_are_in_them(count in MAX_EXTENTS..3 * MAX_EXTENTS, step in 17_u64..40) {
-            let ranges = places((8 << 30) as u64);
+            let ranges = places(8_u64 << 30);
             let all: Vec<_> = (0..count as u64)
                 .map(|i| Extent { offset: i * step * PAGE, length: PAGE })
                 .collect();

@@ -12,7 +12,8 @@ pub mod file;
 pub mod memory;
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -85,12 +86,19 @@ fn missing(what: &'static str, path: PathBuf, source: io::Error) -> Error {
     Error::Input { what, path, source }
 }
 
-/// Writes a snapshot to `directory`, which must not exist. `snapshot` has everything but extents; `base` is what of memory
-/// was mapped from an earlier snapshot. Answers how many bytes of memory it holds.
+/// Writes a snapshot to `directory`, which must not exist; nobody but its owner may look into it, as it holds all that the guest
+/// held. `snapshot` has everything but extents; `base` is what of memory was mapped from an earlier snapshot; `durable`: it
+/// survives a loss of power. Answers how many bytes of memory it holds.
 ///
 /// # Errors
 /// When it cannot be written; nothing is left then.
-pub fn write(directory: &Path, snapshot: Snapshot, guest: &GuestMemory, base: &[Extent]) -> Result<u64> {
+pub fn write(
+    directory: &Path,
+    snapshot: Snapshot,
+    guest: &GuestMemory,
+    base: &[Extent],
+    durable: bool,
+) -> Result<u64> {
     let refused = |why: &str| Error::Snapshot { directory: directory.to_owned(), why: why.to_owned() };
     if directory.exists() {
         return Err(refused("it exists already; remove it first, or give another name"));
@@ -102,9 +110,12 @@ pub fn write(directory: &Path, snapshot: Snapshot, guest: &GuestMemory, base: &[
     let _ = fs::remove_dir_all(&partial);
     let failed =
         |source| Error::Input { what: "directory for the snapshot", path: directory.to_owned(), source };
-    fs::DirBuilder::new().create(&partial).map_err(failed)?;
-    let written = write_files(&partial, snapshot, guest, base).and_then(|bytes| {
+    fs::DirBuilder::new().mode(0o700).create(&partial).map_err(failed)?;
+    let written = write_files(&partial, snapshot, guest, base, durable).and_then(|bytes| {
         fs::rename(&partial, directory)?;
+        if let (true, Some(parent)) = (durable, directory.parent()) {
+            File::open(parent)?.sync_all()?;
+        }
         Ok(bytes)
     });
     written.map_err(|source| {
@@ -118,11 +129,19 @@ fn write_files(
     mut snapshot: Snapshot,
     guest: &GuestMemory,
     base: &[Extent],
+    durable: bool,
 ) -> io::Result<u64> {
-    let file = File::create_new(directory.join(MEMORY))?;
-    snapshot.extents = memory::write(guest, base, &file, &snapshot.identity)?;
+    let create = |name| File::options().write(true).create_new(true).mode(0o600).open(directory.join(name));
+    let memory = create(MEMORY)?;
+    snapshot.extents = memory::write(guest, base, &memory, &snapshot.identity)?;
     let bytes = snapshot.extents.iter().map(|extent| extent.length).sum();
-    fs::write(directory.join(STATE), file::encode(&snapshot)?)?;
+    let mut state = create(STATE)?;
+    state.write_all(&file::encode(&snapshot)?)?;
+    if durable {
+        memory.sync_all()?;
+        state.sync_all()?;
+        File::open(directory)?.sync_all()?;
+    }
     Ok(bytes)
 }
 
@@ -148,13 +167,18 @@ pub(crate) mod tests {
         let place = tempfile::tempdir().unwrap();
         let guest = create(1 << 20, Backing::Private).unwrap();
         let directory = place.path().join("one");
-        write(&directory, snapshot(1 << 20, Vec::new()), &guest, &[]).unwrap();
+        write(&directory, snapshot(1 << 20, Vec::new()), &guest, &[], true).unwrap();
         assert_eq!(Opened::open(&directory).unwrap().snapshot.memory_bytes, 1 << 20);
-        let error = write(&directory, snapshot(1 << 20, Vec::new()), &guest, &[]).unwrap_err();
+        use std::os::unix::fs::PermissionsExt;
+        for path in [directory.clone(), directory.join(STATE), directory.join(MEMORY)] {
+            let mode = fs::metadata(&path).unwrap().permissions().mode();
+            assert_eq!(mode & 0o077, 0, "{path:?} can be read by others");
+        }
+        let error = write(&directory, snapshot(1 << 20, Vec::new()), &guest, &[], true).unwrap_err();
         assert!(error.to_string().contains("exists already"), "{error}");
 
         let nowhere = place.path().join("no/such/place");
-        assert!(write(&nowhere, snapshot(1 << 20, Vec::new()), &guest, &[]).is_err());
+        assert!(write(&nowhere, snapshot(1 << 20, Vec::new()), &guest, &[], true).is_err());
         let left: Vec<_> =
             fs::read_dir(place.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!(left, ["one"]);
@@ -165,7 +189,8 @@ pub(crate) mod tests {
         let place = tempfile::tempdir().unwrap();
         let guest = create(1 << 20, Backing::Private).unwrap();
         let good = place.path().join("good");
-        let make = |directory: &Path| write(directory, snapshot(1 << 20, Vec::new()), &guest, &[]).unwrap();
+        let make =
+            |directory: &Path| write(directory, snapshot(1 << 20, Vec::new()), &guest, &[], true).unwrap();
         make(&good);
         let why = |directory: &Path| {
             let error = Opened::open(directory).unwrap_err();
