@@ -7,16 +7,19 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bulkhead_protocol::agent::stream_hello::Kind;
-use bulkhead_protocol::agent::{StreamHello, StreamReply};
-use bulkhead_protocol::client::Client;
-use bulkhead_protocol::{AGENT_PORT, AGENT_SERVICE, STREAM_PORT, stream};
+use bulkhead_protocol::agent::{ConfigureRequest, GuestInfo, StreamHello, StreamReply};
+use bulkhead_protocol::client::{CallError, Client};
+use bulkhead_protocol::{AGENT_PORT, AGENT_SERVICE, PROTOCOL_VERSION, STREAM_PORT, stream};
 
-use crate::{Context, Error, Result};
+use crate::state::now_ns;
+use crate::{Context, Error, Result, names};
 
 /// How long the monitor and the guest's kernel may take to connect, and the agent to accept a stream.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// Longest answer to `CONNECT`: `OK 4294967295\n`.
 const MAX_ANSWER: usize = 32;
+/// Bytes of entropy given to a guest.
+const ENTROPY: usize = 32;
 
 /// A connection to the agent's ttrpc service.
 pub type Agent = Client<UnixStream>;
@@ -93,6 +96,36 @@ impl Guest {
         connection.set_read_timeout(None).context(what)?;
         Ok(connection)
     }
+}
+
+/// Makes a guest itself: the first thing that every guest is told. Entropy, clock and the check of the agent's version are added to
+/// `request`.
+///
+/// # Errors
+/// The guest does not answer in time, the agent is of another version, or its refusal.
+pub fn configure(agent: &mut Agent, request: ConfigureRequest) -> Result<GuestInfo> {
+    let mut entropy = vec![0; ENTROPY];
+    names::random(&mut entropy)?;
+    let realtime_ns = i64::try_from(now_ns()).unwrap_or(0);
+    let request = ConfigureRequest { entropy, realtime_ns, ..request };
+    let what = || "cannot set the guest up".to_owned();
+    // A guest that goes on from a template has not shown yet that it is well.
+    agent.stream().set_read_timeout(Some(PATIENCE)).context(what)?;
+    let info: GuestInfo = agent.call("Configure", &request).map_err(|error| match error {
+        CallError::Io { source, .. } if source.kind() == io::ErrorKind::WouldBlock => {
+            Error::Io { what: what(), source: silent(source) }
+        }
+        source => Error::Agent { what: what(), source },
+    })?;
+    agent.stream().set_read_timeout(None).context(what)?;
+    if info.protocol == PROTOCOL_VERSION {
+        return Ok(info);
+    }
+    Err(Error::Usage(format!(
+        "the guest's agent speaks protocol {}, this program speaks {PROTOCOL_VERSION}: install both from one build \
+         (`make` in a checkout makes the initramfs, too)",
+        info.protocol
+    )))
 }
 
 /// Reads the agent's reply to a hello, or to a finished archive.

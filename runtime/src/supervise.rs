@@ -11,7 +11,7 @@ use std::path::PathBuf;
 
 use bulkhead_protocol::agent::{
     ConfigureRequest, ContainerRequest, CreateContainerRequest, CreateContainerResponse, Empty, Filesystem,
-    GuestInfo, ProcessRequest, ResizeTerminalRequest, Rootfs, ShutdownRequest, SignalProcessRequest, Stdio,
+    ProcessRequest, ResizeTerminalRequest, Rootfs, ShutdownRequest, SignalProcessRequest, Stdio,
     WaitProcessResponse,
 };
 use bulkhead_protocol::client::CallError;
@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use vmm::config::DiskConfig;
 
-use crate::guest::{Agent, Guest};
+use crate::guest::{self, Agent, Guest};
 use crate::monitor::{Links, Monitor, Shape};
 use crate::network::{self, Network, NetworkWish, Passt};
 use crate::options::RunOptions;
@@ -29,7 +29,7 @@ use crate::relay::{Ends, Relay, Streams};
 use crate::shares::{Lifetime, Server, Shares};
 use crate::state::{Exit, Files, Record, Status, now_ns, release, remove_files};
 use crate::template::{self, Wanted};
-use crate::{Artefacts, Context, Error, Layout, Result, Settings, logs, names, scratch, shares, trace};
+use crate::{Artefacts, Context, Error, Layout, Result, Settings, logs, scratch, shares, trace};
 
 /// Said by the caller of `run` to the supervisor.
 #[derive(Debug, Serialize, Deserialize)]
@@ -254,25 +254,13 @@ impl Supervisor {
     }
 
     fn configure(&mut self, agent: &mut Agent) -> Result<()> {
-        let mut entropy = vec![0; 32];
-        names::random(&mut entropy)?;
         let request = ConfigureRequest {
             hostname: self.plan.hostname.clone(),
-            entropy,
-            realtime_ns: i64::try_from(now_ns()).unwrap_or(0),
             shares: self.server.iter().map(|_| shares::TAG.to_owned()).collect(),
             network: self.plan.record.options.network.is_some().then(|| self.network.to_message()),
-            name_server: Vec::new(),
+            ..ConfigureRequest::default()
         };
-        let info: GuestInfo =
-            agent.call("Configure", &request).context(|| "cannot set the guest up".into())?;
-        if info.protocol != bulkhead_protocol::PROTOCOL_VERSION {
-            return Err(Error::Usage(format!(
-                "the guest's agent speaks protocol {}, this bulkhead speaks {}: rebuild the initramfs (`make`)",
-                info.protocol,
-                bulkhead_protocol::PROTOCOL_VERSION
-            )));
-        }
+        let info = guest::configure(agent, request)?;
         self.plan.record.kernel = info.kernel_release.chars().filter(|c| !c.is_control()).take(64).collect();
         Ok(())
     }

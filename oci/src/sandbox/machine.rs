@@ -4,15 +4,14 @@ use std::fs::File;
 use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
 
-use bulkhead_protocol::agent::{ConfigureRequest, GuestInfo, Rootfs, ShutdownRequest};
-use bulkhead_runtime::guest::{Agent, Guest};
+use bulkhead_protocol::agent::{ConfigureRequest, Rootfs, ShutdownRequest};
+use bulkhead_runtime::guest::{self, Agent, Guest};
 use bulkhead_runtime::monitor::{Links, Monitor};
 use bulkhead_runtime::network::{self, Network};
 use bulkhead_runtime::shares::{self, Lifetime, More, Server, Shares};
-use bulkhead_runtime::state::now_ns;
 use bulkhead_runtime::template::{self, Wanted};
 use bulkhead_runtime::terminal::Signals;
-use bulkhead_runtime::{Context, Error, Layout, Result, names, trace};
+use bulkhead_runtime::{Context, Layout, Result, trace};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde_json::Value;
 
@@ -159,23 +158,12 @@ fn configure(
     network: &Network,
     name_server: Option<Ipv4Addr>,
 ) -> Result<()> {
-    let mut entropy = vec![0; 32];
-    names::random(&mut entropy)?;
     let request = ConfigureRequest {
         hostname: bundle.hostname.clone(),
-        entropy,
-        realtime_ns: i64::try_from(now_ns()).unwrap_or(0),
         shares,
         network: Some(network.to_message()),
         name_server: name_server.map_or_else(Vec::new, |server| server.octets().to_vec()),
+        ..ConfigureRequest::default()
     };
-    let info: GuestInfo = agent.call("Configure", &request).context(|| "cannot set the guest up".into())?;
-    if info.protocol == bulkhead_protocol::PROTOCOL_VERSION {
-        return Ok(());
-    }
-    Err(Error::Usage(format!(
-        "the guest's agent speaks protocol {}, this bulkhead-oci speaks {}: install both from one build",
-        info.protocol,
-        bulkhead_protocol::PROTOCOL_VERSION
-    )))
+    guest::configure(agent, request).map(drop)
 }
