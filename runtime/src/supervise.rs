@@ -220,9 +220,22 @@ impl Supervisor {
         }
         let wanted =
             Wanted { shape: &shape, disks: &disks, shares: self.server.is_some(), networks: links.kinds() };
-        let template = (!record.options.no_template)
-            .then(|| template::get(layout, &self.plan.artefacts, &wanted))
-            .flatten();
+        let caller = &self.plan.caller;
+        let mut attended = true;
+        let mut given_up = || match caller.receive::<Ask>() {
+            Some(Ask::Signal(signal)) => ends_a_program(signal),
+            Some(Ask::Resize { .. }) => false,
+            // A caller that is gone before the container runs takes it along, as with docker.
+            None => {
+                attended = false;
+                true
+            }
+        };
+        let template = if record.options.no_template {
+            None
+        } else {
+            template::get(layout, &self.plan.artefacts, &wanted, &caller.0, &mut given_up)?
+        };
         let mut monitor = Monitor::start(
             &self.plan.artefacts,
             files,
@@ -238,17 +251,7 @@ impl Supervisor {
         trace::mark("monitor spawned");
         self.plan.record.monitor_pid = monitor.pid();
         self.plan.record.save(&self.plan.files)?;
-        let caller = &self.plan.caller;
-        let mut attended = true;
-        monitor.wait_ready(&caller.0, || match caller.receive::<Ask>() {
-            Some(Ask::Signal(signal)) => ends_a_program(signal),
-            Some(Ask::Resize { .. }) => false,
-            // A caller that is gone before the container runs takes it along, as with docker.
-            None => {
-                attended = false;
-                true
-            }
-        })?;
+        monitor.wait_ready(&caller.0, &mut given_up)?;
         self.attended = attended;
         Ok(monitor)
     }

@@ -61,7 +61,9 @@ impl Machine {
         let needs_shares = bundle.root_disk.is_none() || bundle.has_binds();
         // Before this process is in the container's cgroup: making one is not the container's affair.
         let wanted = Wanted { shape: &shape, disks: &disks, shares: needs_shares, networks: links.kinds() };
-        let template = template::get(&Layout::new(None, &artefacts.settings.paths)?, artefacts, &wanted);
+        let layout = Layout::new(None, &artefacts.settings.paths)?;
+        let given_up = || std::iter::from_fn(|| signals.next()).any(is_fatal);
+        let template = template::get(&layout, artefacts, &wanted, signals, given_up)?;
         if let Some(group) = &container.cgroup {
             // Engines forget to allow the devices that a machine is made of, and nothing in the group may open them then:
             // /dev/net/tun has been opened above. If this one does not open, the monitor says why.
@@ -80,7 +82,7 @@ impl Machine {
             Monitor::start(artefacts, files, &shape, disks, server.as_mut(), &links, template.as_ref())?;
         (links.fds, links.kvm) = (Vec::new(), None);
         trace::mark("monitor spawned");
-        monitor.wait_ready(signals, || std::iter::from_fn(|| signals.next()).any(is_fatal))?;
+        monitor.wait_ready(signals, given_up)?;
         trace::mark("agent up");
         let mut agent = guest.agent()?;
         let tags = server.iter().map(|_| shares::TAG.to_owned()).collect();

@@ -1,13 +1,13 @@
 //! Makes a template: boots a machine with nothing in it and saves it when its agent is up.
 
 use std::fs;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
-use rustix::pipe::{PipeFlags, pipe_with};
 use vmm::config::{Config, DiskConfig, NetworkConfig};
-use vmm::control::{Client, Method, SnapshotRequest};
+use vmm::control::{Client, ClientError, Method, SnapshotRequest};
 
-use super::{Wanted, empty_share, forget_failure};
+use super::{Failed, Wanted, empty_share, forget_failure};
 use crate::monitor::{Monitor, outline};
 use crate::state::{Files, private_dir};
 use crate::{Artefacts, Context, Error, Layout, Result, Settings, names};
@@ -59,14 +59,18 @@ pub(super) fn make(
     artefacts: &Artefacts,
     wanted: &Wanted<'_>,
     directory: &Path,
-) -> Result<()> {
+    interrupt: &impl AsFd,
+    given_up: impl FnMut() -> bool,
+) -> Result<(), Failed> {
     sweep(layout);
     let mut name = [0; 3];
     names::random(&mut name)?;
     let run = layout.run.join(format!("{PREFIX}{}", name.map(|byte| format!("{byte:02x}")).concat()));
     private_dir(&run)?;
     let files = Files { dir: run.clone(), run: run.clone() };
-    let made = boot_and_save(artefacts, &files, wanted, directory);
+    let made = boot(artefacts, &files, wanted, interrupt, given_up)
+        .map_err(Failed::Boot)
+        .and_then(|monitor| Ok(save(monitor, &files, directory)?));
     let _ = fs::remove_dir_all(&run);
     made?;
     if let Some(home) = directory.parent() {
@@ -75,13 +79,20 @@ pub(super) fn make(
     Ok(())
 }
 
-fn boot_and_save(artefacts: &Artefacts, files: &Files, wanted: &Wanted<'_>, directory: &Path) -> Result<()> {
+fn boot(
+    artefacts: &Artefacts,
+    files: &Files,
+    wanted: &Wanted<'_>,
+    interrupt: &impl AsFd,
+    given_up: impl FnMut() -> bool,
+) -> Result<Monitor> {
     let mut monitor = Monitor::spawn(artefacts, files, &config(artefacts, files, wanted), |_| ())?;
-    // Nothing interrupts it: a pipe to which nobody writes, and whose other end stays open.
-    let (quiet, _open) = pipe_with(PipeFlags::CLOEXEC).context(|| "cannot make a pipe".into())?;
-    monitor.wait_ready(&quiet, || false)?;
-    let failed =
-        |error: vmm::control::ClientError| Error::Monitor(format!("a template cannot be saved: {error}"));
+    monitor.wait_ready(interrupt, given_up)?;
+    Ok(monitor)
+}
+
+fn save(monitor: Monitor, files: &Files, directory: &Path) -> Result<()> {
+    let failed = |error: ClientError| Error::Monitor(format!("a template cannot be saved: {error}"));
     // No longer than the host's boot, which is part of its key.
     let wish = SnapshotRequest { directory: directory.to_owned(), durable: false };
     Client::connect(&files.control())

@@ -10,6 +10,7 @@ mod make;
 
 use std::fs::{self, File};
 use std::io;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -50,23 +51,54 @@ pub struct Wanted<'a> {
     pub networks: Vec<EmptyNetwork>,
 }
 
-/// The template for such a machine, made now if there is none. `None`: it has to boot.
-pub fn get(layout: &Layout, artefacts: &Artefacts, wanted: &Wanted<'_>) -> Option<Template> {
+/// Why there is no template.
+enum Failed {
+    /// A machine does not come up, or nobody wants it any more: the container's own would fare no better.
+    Boot(Error),
+    /// It cannot be kept.
+    Keep(Error),
+}
+
+impl From<Error> for Failed {
+    fn from(error: Error) -> Self {
+        Self::Keep(error)
+    }
+}
+
+/// The template for such a machine, made now if there is none. `None`: it has to boot. `given_up` is asked whenever `interrupt`
+/// is readable, as in [`crate::monitor::Monitor::wait_ready`].
+///
+/// # Errors
+/// A machine of this kind does not come up, or it was given up.
+pub fn get(
+    layout: &Layout,
+    artefacts: &Artefacts,
+    wanted: &Wanted<'_>,
+    interrupt: &impl AsFd,
+    given_up: impl FnMut() -> bool,
+) -> Result<Option<Template>> {
     let switched_off = std::env::var_os(SWITCH).is_some_and(|value| value == "0");
     if switched_off || !artefacts.settings.machine.templates {
-        return None;
+        return Ok(None);
     }
-    match find_or_make(layout, artefacts, wanted) {
-        Ok(template) => template,
-        Err(error) => {
+    match find_or_make(layout, artefacts, wanted, interrupt, given_up) {
+        Ok(template) => Ok(template),
+        Err(Failed::Boot(error)) => Err(error),
+        Err(Failed::Keep(error)) => {
             // A machine that boots is as good, only later: no reason to bother whoever started it.
             note_failure(&layout.templates(), &error);
-            None
+            Ok(None)
         }
     }
 }
 
-fn find_or_make(layout: &Layout, artefacts: &Artefacts, wanted: &Wanted<'_>) -> Result<Option<Template>> {
+fn find_or_make(
+    layout: &Layout,
+    artefacts: &Artefacts,
+    wanted: &Wanted<'_>,
+    interrupt: &impl AsFd,
+    given_up: impl FnMut() -> bool,
+) -> Result<Option<Template>, Failed> {
     let home = layout.templates();
     private_dir(&home)?;
     let name = key::of(&home, artefacts, wanted)?;
@@ -90,7 +122,7 @@ fn find_or_make(layout: &Layout, artefacts: &Artefacts, wanted: &Wanted<'_>) -> 
     }
     if !use_now(&directory) {
         sweep(&home);
-        make::make(layout, artefacts, wanted, &directory)?;
+        make::make(layout, artefacts, wanted, &directory, interrupt, given_up)?;
         trace::mark("template made");
     }
     Ok(Some(Template { directory }))
