@@ -50,6 +50,8 @@ fn a_memory_hog_dies_alone(host: &Host) -> Result<()> {
         let line = host.run(["awk", "/MemAvailable/{print $2}", "/proc/meminfo"])?.ok()?.stdout();
         Ok(line.trim().parse::<u64>()?)
     };
+    // The first start makes a template, which is to stay.
+    shell(host, &["--memory", "64m"], "true")?.ok()?;
     let before = free()?;
     // tail keeps the whole of an endless line.
     shell(host, &["--memory", "64m"], "tail /dev/zero")?.status_is(137)?;
