@@ -98,6 +98,7 @@ fn save(monitor: Monitor, files: &Files, directory: &Path) -> Result<()> {
     Client::connect(&files.control())
         .and_then(|mut client| client.call(Method::Snapshot(wish)))
         .map_err(failed)?;
-    monitor.discard();
+    // Waited for: this process may live as long as a container, and a dead child with it.
+    drop(monitor);
     Ok(())
 }
