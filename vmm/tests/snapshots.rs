@@ -176,6 +176,103 @@ fn what_does_not_fit_is_refused_with_the_reason() {
     refused(&with(&[]), "cut off");
 }
 
+/// A guest whose memory takes long to write.
+fn large() -> Guest {
+    Guest::new().touch(0x100_0000, (256 << 20) >> 12).print("a").spin()
+}
+
+fn left_of(place: &Place, name: &str) -> Vec<String> {
+    let names = fs::read_dir(place.path("")).unwrap();
+    names
+        .map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned())
+        .filter(|left| left.starts_with(name))
+        .collect()
+}
+
+#[test]
+fn the_guest_goes_on_while_it_is_written_and_who_goes_away_gives_it_up() {
+    if !kvm() {
+        return;
+    }
+    let place = Place::new();
+    let disk = place.write("disk.raw", vec![7; 1 << 20]);
+    let more = ["--memory", "512", "--disk", disk.to_str().unwrap()];
+    let (mut child, mut client) = start(&place, &large(), &more);
+    let id = client.status().unwrap().disks[0].clone();
+    let with_disk = |name: &str, id: &str| SnapshotRequest {
+        directory: place.path(name),
+        durable: false,
+        disks: vec![id.to_owned()],
+    };
+    let mut states = Vec::new();
+    let mut other = Client::connect(&place.path("control")).unwrap();
+    let taken = client
+        .snapshot(with_disk("saved", &id), |pause_ns| {
+            assert!(pause_ns > 0);
+            // Told while memory is written: the machine runs, and there is no second snapshot beside it.
+            states.push(other.status().unwrap().state);
+            let error = other.call(save(place.path("second"))).unwrap_err().to_string();
+            states.push(error);
+        })
+        .unwrap();
+    assert_eq!(states[0], "running");
+    assert!(states[1].contains("already"), "{states:?}");
+    assert!(taken.memory_bytes >= 256 << 20 && taken.pause_ns > 0, "{taken:?}");
+    assert_eq!(taken.disks[0].id, id);
+    let copy = place.path("saved").join(format!("disk-{id}"));
+    assert!(fs::read(&copy).unwrap() == fs::read(&disk).unwrap());
+
+    let error = client.snapshot(with_disk("no", "nosuch"), |_| ()).unwrap_err().to_string();
+    assert!(error.contains("no disk \"nosuch\""), "{error}");
+    assert_eq!(left_of(&place, "no"), [""; 0]);
+
+    // A client that is killed half-way: nothing stays, and the next one is served.
+    let program = env!("CARGO_BIN_EXE_bulkhead-vmm");
+    let mut asking = Command::new(program)
+        .arg("--ctl")
+        .arg(place.path("control"))
+        .arg("snapshot")
+        .arg(place.path("given-up"))
+        .spawn()
+        .unwrap();
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while left_of(&place, "given-up").is_empty() {
+        assert!(Instant::now() < deadline);
+        thread::sleep(Duration::from_millis(1));
+    }
+    asking.kill().unwrap();
+    asking.wait().unwrap();
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !left_of(&place, "given-up").is_empty() {
+        // It may have been quicker than the signal.
+        if place.path("given-up").join("state").exists() {
+            break;
+        }
+        assert!(Instant::now() < deadline, "{:?}", left_of(&place, "given-up"));
+        thread::sleep(Duration::from_millis(1));
+    }
+    client.call(save(place.path("again"))).unwrap();
+
+    // And the child that writes does not outlive a monitor that is killed.
+    client
+        .snapshot(with_disk("orphan", &id), |_| {
+            let children = format!("/proc/{0}/task/{0}/children", child.id());
+            let children = fs::read_to_string(children).unwrap();
+            let writer = children.split_whitespace().next().map(str::to_owned);
+            child.kill().unwrap();
+            child.wait().unwrap();
+            let deadline = Instant::now() + Duration::from_secs(10);
+            while let Some(writer) = &writer
+                && Path::new("/proc").join(writer).exists()
+            {
+                assert!(Instant::now() < deadline, "process {writer} goes on");
+                thread::sleep(Duration::from_millis(1));
+            }
+        })
+        .unwrap_err();
+    assert!(!place.path("orphan").exists());
+}
+
 #[test]
 fn a_full_disk_leaves_the_machine_running_and_no_snapshot() {
     if !kvm() {
@@ -204,5 +301,5 @@ fn a_full_disk_leaves_the_machine_running_and_no_snapshot() {
 }
 
 fn save(directory: std::path::PathBuf) -> Method {
-    Method::Snapshot(SnapshotRequest { directory, durable: false })
+    Method::Snapshot(SnapshotRequest { directory, durable: false, disks: Vec::new() })
 }

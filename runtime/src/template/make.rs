@@ -94,9 +94,13 @@ fn boot(
 fn save(monitor: Monitor, files: &Files, directory: &Path) -> Result<()> {
     let failed = |error: ClientError| Error::Monitor(format!("a template cannot be saved: {error}"));
     // No longer than the host's boot, which is part of its key.
-    let wish = SnapshotRequest { directory: directory.to_owned(), durable: false };
+    let wish = SnapshotRequest { directory: directory.to_owned(), durable: false, disks: Vec::new() };
     Client::connect(&files.control())
-        .and_then(|mut client| client.call(Method::Snapshot(wish)))
+        .and_then(|mut client| {
+            // It does not go on: what stands still is written as it is, without a child that keeps it.
+            client.call(Method::Pause)?;
+            client.snapshot(wish, |_| ())
+        })
         .map_err(failed)?;
     // Waited for: this process may live as long as a container, and a dead child with it.
     drop(monitor);

@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::{Answer, MAX_LINE, Method, Request, Status};
+use super::{Answer, MAX_LINE, Method, Progress, Request, SnapshotRequest, Status, Taken};
 
 /// How long a monitor may take to answer.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -73,20 +73,46 @@ impl Client {
     /// # Errors
     /// When the monitor does not answer within seconds, or refuses.
     pub fn call(&mut self, method: Method) -> Result<serde_json::Value, ClientError> {
+        self.call_with(method, |_| ())
+    }
+
+    /// The same; `told` hears how far it is.
+    ///
+    /// # Errors
+    /// As [`Self::call`].
+    pub fn call_with(
+        &mut self,
+        method: Method,
+        mut told: impl FnMut(Progress),
+    ) -> Result<serde_json::Value, ClientError> {
         // Memory has to be written.
         let patience = if matches!(method, Method::Snapshot(_)) { SNAPSHOT_PATIENCE } else { PATIENCE };
         let _ = self.stream.get_ref().set_read_timeout(Some(patience));
         let id = self.next_id;
         self.next_id += 1;
-        let mut line = Vec::new();
-        self.exchange(&Request { id, method }, &mut line)
-            .map_err(|source| ClientError::Io { path: self.path.clone(), source })?;
-        let malformed = |source| ClientError::Malformed { path: self.path.clone(), source };
-        let answer: Answer = serde_json::from_slice(&line).map_err(malformed)?;
-        match answer.error {
-            Some(error) => Err(ClientError::Refused(error)),
-            None => Ok(answer.result.unwrap_or_default()),
+        self.send(&Request { id, method }).map_err(|source| self.lost(source))?;
+        loop {
+            let line = self.line().map_err(|source| self.lost(source))?;
+            let answer: Answer = serde_json::from_slice(&line).map_err(|source| self.malformed(source))?;
+            match answer {
+                Answer { error: Some(error), .. } => return Err(ClientError::Refused(error)),
+                Answer { progress: Some(progress), .. } => told(progress),
+                Answer { result, .. } => return Ok(result.unwrap_or_default()),
+            }
         }
+    }
+
+    /// Saves the machine. `went_on` hears how long the guest stood still, when it goes on and not all is written yet.
+    ///
+    /// # Errors
+    /// As [`Self::call`].
+    pub fn snapshot(
+        &mut self,
+        request: SnapshotRequest,
+        mut went_on: impl FnMut(u64),
+    ) -> Result<Taken, ClientError> {
+        let value = self.call_with(Method::Snapshot(request), |progress| went_on(progress.pause_ns))?;
+        serde_json::from_value(value).map_err(|source| self.malformed(source))
     }
 
     /// How the machine is.
@@ -95,15 +121,26 @@ impl Client {
     /// As [`Self::call`].
     pub fn status(&mut self) -> Result<Status, ClientError> {
         let value = self.call(Method::Status)?;
-        serde_json::from_value(value)
-            .map_err(|source| ClientError::Malformed { path: self.path.clone(), source })
+        serde_json::from_value(value).map_err(|source| self.malformed(source))
     }
 
-    fn exchange(&mut self, request: &Request, line: &mut Vec<u8>) -> io::Result<()> {
+    fn send(&mut self, request: &Request) -> io::Result<()> {
         let mut text = serde_json::to_vec(request)?;
         text.push(b'\n');
-        self.stream.get_mut().write_all(&text)?;
-        self.stream.by_ref().take(MAX_LINE as u64).read_until(b'\n', line)?;
-        if line.ends_with(b"\n") { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+        self.stream.get_mut().write_all(&text)
+    }
+
+    fn line(&mut self) -> io::Result<Vec<u8>> {
+        let mut line = Vec::new();
+        self.stream.by_ref().take(MAX_LINE as u64).read_until(b'\n', &mut line)?;
+        if line.ends_with(b"\n") { Ok(line) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+    }
+
+    fn lost(&self, source: io::Error) -> ClientError {
+        ClientError::Io { path: self.path.clone(), source }
+    }
+
+    fn malformed(&self, source: serde_json::Error) -> ClientError {
+        ClientError::Malformed { path: self.path.clone(), source }
     }
 }

@@ -12,20 +12,18 @@
 //! | `status` | [`Status`] |
 //! | `metrics` | what each device counted, and the timeline |
 //! | `pause`, `resume` | `{}`: all vCPUs stand still, or run |
-//! | `{"snapshot":{"directory":DIR}}` | [`Taken`]: the machine was saved to the directory DIR, which did not exist |
+//! | `{"snapshot":{"directory":DIR,…}}` | [`Taken`]: the machine was saved, as [`SnapshotRequest`] says; before that, an answer with [`Progress`] when the guest goes on. A client that goes away gives it up |
 //! | `quit` | `{}`; then the monitor ends |
 
 mod client;
 pub mod server;
-
-use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
 use crate::config::MachineConfig;
 use crate::vcpu::Sample;
 
-pub use crate::machine::Taken;
+pub use crate::machine::{SavedDisk, SnapshotRequest, Taken};
 pub use client::{Client, ClientError};
 
 /// Longest request or answer line.
@@ -59,22 +57,7 @@ pub enum Method {
     Quit,
 }
 
-/// Where a machine is saved, and how well.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct SnapshotRequest {
-    /// Absolute path of a directory that does not exist.
-    pub directory: PathBuf,
-    /// Whether the snapshot is to survive a loss of power, for which the disk is waited for while the guest stands still.
-    #[serde(default = "yes")]
-    pub durable: bool,
-}
-
-fn yes() -> bool {
-    true
-}
-
-/// An answer: a result or an error.
+/// An answer: a result or an error. A snapshot has one before with neither, when the guest goes on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Answer {
     /// Of the request; 0 when it could not be read.
@@ -85,6 +68,16 @@ pub struct Answer {
     /// Why it cannot be had.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+    /// There will be more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub progress: Option<Progress>,
+}
+
+/// How far something is that takes long.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Progress {
+    /// The guest goes on after having stood still for so long, in nanoseconds.
+    pub pause_ns: u64,
 }
 
 /// How the machine is.

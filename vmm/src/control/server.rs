@@ -9,12 +9,12 @@ use std::path::Path;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use serde_json::{Value, json};
 
-use super::{Answer, Method, Request, Status};
+use super::{Answer, Method, Progress, Request, Status};
 use crate::error::{Error, Result};
 use crate::event_loop::watch;
 use crate::exit::Outcome;
 use crate::listen::Listener;
-use crate::machine::Running;
+use crate::machine::{Running, Saving, SnapshotRequest};
 use crate::timeline::now_ns;
 
 /// Most clients at a time.
@@ -43,7 +43,7 @@ impl Server {
 
     /// Answers for `machine`.
     pub fn serve(self, machine: Running) -> Service {
-        Service { server: self, machine, clients: BTreeMap::new() }
+        Service { server: self, machine, clients: BTreeMap::new(), job: None }
     }
 }
 
@@ -52,6 +52,15 @@ pub struct Service {
     server: Server,
     machine: Running,
     clients: BTreeMap<RawFd, Client>,
+    /// The snapshot that is being written.
+    job: Option<Job>,
+}
+
+/// A snapshot, and who waits for it.
+struct Job {
+    saving: Saving,
+    client: RawFd,
+    id: u64,
 }
 
 struct Client {
@@ -71,10 +80,17 @@ impl MutEventSubscriber for Service {
             self.accept(ops);
             return;
         }
+        if self.job.as_ref().is_some_and(|job| job.saving.fds().contains(&fd)) {
+            self.go_on_with_job(fd, ops);
+            return;
+        }
         let Some(mut client) = self.clients.remove(&fd) else { return };
-        if self.talk(&mut client) {
+        if self.talk(&mut client, ops) {
             self.clients.insert(fd, client);
         } else {
+            if self.job.as_ref().is_some_and(|job| job.client == fd) {
+                self.end_job(ops);
+            }
             // Before it is closed, or the loop would meet a descriptor it does not know.
             let _ = ops.remove(Events::empty(&client.stream));
         }
@@ -92,7 +108,7 @@ impl Service {
     }
 
     /// Answers what a client asks. False when it is gone, or does not behave.
-    fn talk(&self, client: &mut Client) -> bool {
+    fn talk(&mut self, client: &mut Client, ops: &mut EventOps) -> bool {
         let mut chunk = [0; MAX_REQUEST];
         match client.stream.read(&mut chunk) {
             Ok(0) => return false,
@@ -101,30 +117,74 @@ impl Service {
         }
         while let Some(end) = client.partial.iter().position(|byte| *byte == b'\n') {
             let line: Vec<u8> = client.partial.drain(..=end).collect();
-            let Ok(mut answer) = serde_json::to_vec(&self.answer(&line)) else { return false };
-            answer.push(b'\n');
-            // An answer fits the socket's buffer of a client that reads what it asked for.
-            if client.stream.write_all(&answer).is_err() {
+            let answer = self.answer(&line, client.stream.as_raw_fd(), ops);
+            if !client.send(&answer) {
                 return false;
             }
         }
         client.partial.len() < MAX_REQUEST
     }
 
-    fn answer(&self, line: &[u8]) -> Answer {
+    fn answer(&mut self, line: &[u8], client: RawFd, ops: &mut EventOps) -> Answer {
         match serde_json::from_slice::<Request>(line) {
-            Ok(request) => match self.perform(request.method) {
-                Ok(result) => Answer { id: request.id, result: Some(result), error: None },
-                Err(error) => Answer { id: request.id, result: None, error: Some(error) },
-            },
+            Ok(Request { id, method: Method::Snapshot(wish) }) => self.begin_job(id, client, &wish, ops),
+            Ok(request) => Answer::of(request.id, self.perform(request.method)),
             Err(error) => {
                 let id = serde_json::from_slice::<Value>(line)
                     .ok()
                     .and_then(|value| value["id"].as_u64())
                     .unwrap_or(0);
-                Answer { id, result: None, error: Some(format!("the request is not understood: {error}")) }
+                Answer::of(id, Err(format!("the request is not understood: {error}")))
             }
         }
+    }
+
+    /// Begins a snapshot; its end is told when it is there, unless it is at once.
+    fn begin_job(&mut self, id: u64, client: RawFd, wish: &SnapshotRequest, ops: &mut EventOps) -> Answer {
+        if self.job.is_some() {
+            return Answer::of(id, Err("a snapshot is being written already: wait for its end".to_owned()));
+        }
+        let saving = match self.machine.save(wish) {
+            Ok(saving) => saving,
+            Err(error) => return Answer::of(id, Err(chain(&error))),
+        };
+        let (fds, pause_ns) = (saving.fds(), saving.pause_ns());
+        if fds.is_empty() {
+            return Answer::of(id, finish(saving));
+        }
+        for fd in fds {
+            watch(ops, Events::new_raw(fd, EventSet::IN));
+        }
+        self.job = Some(Job { saving, client, id });
+        Answer { progress: Some(Progress { pause_ns }), ..Answer::empty(id) }
+    }
+
+    /// Takes what is behind `fd`, and tells the end when it was the last.
+    fn go_on_with_job(&mut self, fd: RawFd, ops: &mut EventOps) {
+        let Some(job) = &mut self.job else { return };
+        let _ = ops.remove(Events::new_raw(fd, EventSet::IN));
+        let result = match job.saving.collect(fd) {
+            Ok(false) => return,
+            Ok(true) => Ok(()),
+            Err(error) => Err(chain(&error)),
+        };
+        let Some(Job { saving, client, id }) = self.end_job(ops) else { return };
+        let answer = Answer::of(id, result.and_then(|()| finish(saving)));
+        let Some(asking) = self.clients.get_mut(&client) else { return };
+        if !asking.send(&answer)
+            && let Some(client) = self.clients.remove(&client)
+        {
+            let _ = ops.remove(Events::empty(&client.stream));
+        }
+    }
+
+    /// The snapshot is finished, or nobody waits for it any more.
+    fn end_job(&mut self, ops: &mut EventOps) -> Option<Job> {
+        let job = self.job.take()?;
+        for fd in job.saving.fds() {
+            let _ = ops.remove(Events::new_raw(fd, EventSet::IN));
+        }
+        Some(job)
     }
 
     fn perform(&self, method: Method) -> std::result::Result<Value, String> {
@@ -138,10 +198,8 @@ impl Service {
                 vcpus.resume();
                 Ok(json!({}))
             }
-            Method::Snapshot(wish) => match self.machine.save(&wish.directory, wish.durable) {
-                Ok(taken) => serde_json::to_value(taken).map_err(|error| error.to_string()),
-                Err(error) => Err(chain(&error)),
-            },
+            // See `begin_job`.
+            Method::Snapshot(_) => Err("a snapshot is not taken at once".to_owned()),
             Method::Quit => {
                 exit.request(Outcome::Quit);
                 Ok(json!({}))
@@ -162,6 +220,34 @@ impl Service {
             disks: config.disks.iter().map(|disk| disk.id.clone()).collect(),
         }
     }
+}
+
+impl Client {
+    /// Sends an answer. False when it is gone, or does not read: an answer fits the socket's buffer of a client that reads what
+    /// it asked for.
+    fn send(&mut self, answer: &Answer) -> bool {
+        let Ok(mut text) = serde_json::to_vec(answer) else { return false };
+        text.push(b'\n');
+        self.stream.write_all(&text).is_ok()
+    }
+}
+
+impl Answer {
+    fn empty(id: u64) -> Self {
+        Self { id, result: None, error: None, progress: None }
+    }
+
+    fn of(id: u64, result: std::result::Result<Value, String>) -> Self {
+        match result {
+            Ok(result) => Self { result: Some(result), ..Self::empty(id) },
+            Err(error) => Self { error: Some(error), ..Self::empty(id) },
+        }
+    }
+}
+
+fn finish(saving: Saving) -> std::result::Result<Value, String> {
+    let taken = saving.finish().map_err(|error| chain(&error))?;
+    serde_json::to_value(taken).map_err(|error| error.to_string())
 }
 
 /// An error and its causes on one line.

@@ -27,7 +27,7 @@ use crate::timeline::Timeline;
 use crate::vcpu::{Vcpu, Vcpus};
 pub use devices::Devices;
 use devices::{inherited, open_disk};
-pub use save::Taken;
+pub use save::{SavedDisk, Saving, SnapshotRequest, Taken};
 
 /// A vCPU, and what it was told that it is.
 type Identified = (VcpuFd, Vec<kvm_cpuid_entry2>);

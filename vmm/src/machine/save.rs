@@ -1,8 +1,15 @@
 //! Takes snapshots of a running machine, and tells whether one can go on here.
+//!
+//! The guest stands still only while processors and devices are asked for their state. Its memory is written by a forked child, in which it
+//! stays as it was, and its disks are copied by threads that are told of each write before it is made. Memory that is shared with
+//! another process cannot be had that way: it is written while the guest stands still.
+
+mod part;
 
 use std::fs::File;
 use std::io::Read;
-use std::path::Path;
+use std::os::fd::RawFd;
+use std::path::PathBuf;
 
 use kvm_bindings::CpuId;
 use serde::{Deserialize, Serialize};
@@ -11,8 +18,28 @@ use super::Running;
 use crate::arch::state::{VmState, msr_indices};
 use crate::config::MachineConfig;
 use crate::error::{Error, Result};
-use crate::snapshot::{self, Identity, Opened, Snapshot};
+use crate::memory::Backing;
+use crate::snapshot::{DISK, Draft, Identity, Opened, Snapshot};
 use crate::timeline::now_ns;
+use part::{Copied, Part};
+
+/// How and where a machine is saved.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotRequest {
+    /// Absolute path of a directory that does not exist.
+    pub directory: PathBuf,
+    /// Whether the snapshot is to survive a loss of power, for which the host's disk is waited for.
+    #[serde(default = "yes")]
+    pub durable: bool,
+    /// Names of disks to copy into it, as they are at that moment: disk ID becomes the file `disk-ID`.
+    #[serde(default)]
+    pub disks: Vec<String>,
+}
+
+fn yes() -> bool {
+    true
+}
 
 /// What a snapshot cost.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -21,33 +48,61 @@ pub struct Taken {
     pub pause_ns: u64,
     /// Bytes of memory that were not zero.
     pub memory_bytes: u64,
+    /// The disks that were copied.
+    #[serde(default)]
+    pub disks: Vec<SavedDisk>,
+}
+
+/// A disk's copy in a snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SavedDisk {
+    /// Its name.
+    pub id: String,
+    /// See [`crate::devices::virtio::block::backup::Digest`].
+    pub digest: u64,
+}
+
+/// A snapshot under way. One that is dropped before its end leaves nothing.
+#[derive(Debug)]
+pub struct Saving {
+    // Before the draft, so that nobody writes any more when that is removed.
+    parts: Vec<Part>,
+    draft: Draft,
+    taken: Taken,
 }
 
 impl Running {
-    /// Saves the machine to `directory`, with `durable` such that it survives a loss of power. The guest stands still meanwhile, and goes on if it ran before.
+    /// Begins to save the machine. The guest goes on, if it ran before, when this returns.
     ///
     /// # Errors
     /// When a device cannot be saved, a vCPU does not stop, or the directory cannot be written. The machine goes on, and
     /// nothing is left.
-    pub fn save(&self, directory: &Path, durable: bool) -> Result<Taken> {
-        if !directory.is_absolute() {
-            return Err(Error::Config(format!("the snapshot's directory {directory:?} is no absolute path")));
+    pub fn save(&self, request: &SnapshotRequest) -> Result<Saving> {
+        if !request.directory.is_absolute() {
+            return Err(Error::Config(format!(
+                "the snapshot's directory {:?} is no absolute path",
+                request.directory
+            )));
         }
+        let draft = Draft::begin(&request.directory, request.durable)?;
+        let taken = Taken { pause_ns: 0, memory_bytes: 0, disks: Vec::new() };
+        let mut saving = Saving { parts: Vec::new(), draft, taken };
         let stood = self.vcpus.paused();
         let start = now_ns();
-        let written = if self.vcpus.pause() {
-            self.write(directory, durable)
+        let begun = if self.vcpus.pause() {
+            self.begin(&mut saving, &request.disks, stood)
         } else {
             Err(Error::Unsaveable("a vCPU does not stop".to_owned()))
         };
         if !stood {
             self.vcpus.resume();
+            saving.taken.pause_ns = now_ns().saturating_sub(start);
         }
-        let pause_ns = if stood { 0 } else { now_ns().saturating_sub(start) };
-        Ok(Taken { pause_ns, memory_bytes: written? })
+        begun.map(|()| saving)
     }
 
-    fn write(&self, directory: &Path, durable: bool) -> Result<u64> {
+    /// All that has to be done while the guest stands still.
+    fn begin(&self, saving: &mut Saving, disks: &[String], stood: bool) -> Result<()> {
         let config = serde_json::to_string(&self.config).map_err(Error::os("encode the configuration"))?;
         let snapshot = Snapshot {
             identity: identity()?,
@@ -59,7 +114,72 @@ impl Running {
             // After the vCPUs, whose pending interrupts are settled by being asked.
             vm: VmState::save(&self.vm)?,
         };
-        snapshot::write(directory, snapshot, &self.memory, &self.base, durable)
+        for id in disks {
+            let part = self.copy_disk(id, &saving.draft)?;
+            saving.parts.push(part);
+        }
+        let Saving { draft, .. } = &*saving;
+        // Who has the machine standing still anyway saves nothing by a child, and a child nothing where memory is shared.
+        let part = if stood || super::backing(&self.config) == Backing::Shared {
+            let written = draft.write(snapshot, &self.memory, &self.base);
+            Part::done(written.map_err(|source| draft.failed(source))?)
+        } else {
+            Part::fork(|| draft.write(snapshot, &self.memory, &self.base))
+                .map_err(Error::os("fork a child that writes the guest's memory"))?
+        };
+        saving.parts.push(part);
+        Ok(())
+    }
+
+    fn copy_disk(&self, id: &str, draft: &Draft) -> Result<Part> {
+        let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+        let drives = self.devices.virtio.iter().filter_map(|device| device.drive());
+        let found = drives.into_iter().find(|(name, _)| name == id && name.chars().all(plain));
+        let (_, disk) =
+            found.ok_or_else(|| Error::Config(format!("the machine has no disk {id:?} to copy")))?;
+        let source = |source| Error::Input { what: "disk to copy", path: draft.path(id), source };
+        let backup = disk.backup(&draft.path(&format!("{DISK}{id}"))).map_err(source)?;
+        Part::copy(id, disk, backup, draft.durable()).map_err(Error::os("start a thread that copies a disk"))
+    }
+}
+
+impl Saving {
+    /// How long the guest stood still, in nanoseconds; 0 when it did before.
+    pub fn pause_ns(&self) -> u64 {
+        self.taken.pause_ns
+    }
+
+    /// Readable when something of it is done; then [`Self::collect`] is due.
+    pub fn fds(&self) -> Vec<RawFd> {
+        self.parts.iter().filter_map(Part::fd).collect()
+    }
+
+    /// Takes the result of the part behind `fd`. True when it was the last.
+    ///
+    /// # Errors
+    /// What went wrong: the snapshot cannot be finished.
+    pub fn collect(&mut self, fd: RawFd) -> Result<bool> {
+        if let Some(part) = self.parts.iter_mut().find(|part| part.fd() == Some(fd)) {
+            part.collect().map_err(|why| Error::Snapshot { directory: self.draft.directory().to_owned(), why })?;
+        }
+        Ok(self.fds().is_empty())
+    }
+
+    /// Gives the snapshot its name. Only when all is collected.
+    ///
+    /// # Errors
+    /// When that is impossible; nothing is left then.
+    pub fn finish(self) -> Result<Taken> {
+        let Self { parts, draft, mut taken } = self;
+        for part in parts {
+            match part.into_result() {
+                Some(Copied::Memory { bytes }) => taken.memory_bytes = bytes,
+                Some(Copied::Disk(disk)) => taken.disks.push(disk),
+                None => return Err(Error::Unsaveable("a part of the snapshot is not written".to_owned())),
+            }
+        }
+        draft.finish()?;
+        Ok(taken)
     }
 }
 

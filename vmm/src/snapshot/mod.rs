@@ -28,6 +28,8 @@ pub use memory::Extent;
 pub const STATE: &str = "state";
 /// Name of the file with memory.
 pub const MEMORY: &str = "memory";
+/// How the names of disks' copies begin; the rest is the disk's name.
+pub const DISK: &str = "disk-";
 /// What is appended to a snapshot's name while it is written.
 pub const PARTIAL: &str = ".partial";
 
@@ -86,63 +88,117 @@ fn missing(what: &'static str, path: PathBuf, source: io::Error) -> Error {
     Error::Input { what, path, source }
 }
 
-/// Writes a snapshot to `directory`, which must not exist; nobody but its owner may look into it, as it holds all that the guest
-/// held. `snapshot` has everything but extents; `base` is what of memory was mapped from an earlier snapshot; `durable`: it
-/// survives a loss of power. Answers how many bytes of memory it holds.
-///
-/// # Errors
-/// When it cannot be written; nothing is left then.
-pub fn write(
-    directory: &Path,
-    snapshot: Snapshot,
-    guest: &GuestMemory,
-    base: &[Extent],
+/// A snapshot's directory while it is written. Nobody but its owner may look into it, as it holds all that the guest held. What is not
+/// finished is removed.
+#[derive(Debug)]
+pub struct Draft {
+    directory: PathBuf,
+    /// Where it is until it is complete.
+    partial: PathBuf,
     durable: bool,
-) -> Result<u64> {
-    let refused = |why: &str| Error::Snapshot { directory: directory.to_owned(), why: why.to_owned() };
-    if directory.exists() {
-        return Err(refused("it exists already; remove it first, or give another name"));
-    }
-    let mut partial = directory.as_os_str().to_owned();
-    partial.push(PARTIAL);
-    let partial = PathBuf::from(partial);
-    // One that was killed half-way left it.
-    let _ = fs::remove_dir_all(&partial);
-    let failed =
-        |source| Error::Input { what: "directory for the snapshot", path: directory.to_owned(), source };
-    fs::DirBuilder::new().mode(0o700).create(&partial).map_err(failed)?;
-    let written = write_files(&partial, snapshot, guest, base, durable).and_then(|bytes| {
-        fs::rename(&partial, directory)?;
-        if let (true, Some(parent)) = (durable, directory.parent()) {
-            File::open(parent)?.sync_all()?;
-        }
-        Ok(bytes)
-    });
-    written.map_err(|source| {
-        let _ = fs::remove_dir_all(&partial);
-        failed(source)
-    })
+    finished: bool,
 }
 
-fn write_files(
-    directory: &Path,
-    mut snapshot: Snapshot,
-    guest: &GuestMemory,
-    base: &[Extent],
-    durable: bool,
-) -> io::Result<u64> {
-    let create = |name| File::options().write(true).create_new(true).mode(0o600).open(directory.join(name));
-    let memory = create(MEMORY)?;
-    snapshot.extents = memory::write(guest, base, &memory, &snapshot.identity)?;
-    let bytes = snapshot.extents.iter().map(|extent| extent.length).sum();
-    let mut state = create(STATE)?;
-    state.write_all(&file::encode(&snapshot)?)?;
-    if durable {
-        memory.sync_all()?;
-        state.sync_all()?;
-        File::open(directory)?.sync_all()?;
+impl Draft {
+    /// Begins a snapshot in `directory`, which must not exist. `durable`: it will survive a loss of power.
+    ///
+    /// # Errors
+    /// When it exists, or cannot be made.
+    pub fn begin(directory: &Path, durable: bool) -> Result<Self> {
+        let refused = |why: &str| Error::Snapshot { directory: directory.to_owned(), why: why.to_owned() };
+        if directory.exists() {
+            return Err(refused("it exists already; remove it first, or give another name"));
+        }
+        let mut partial = directory.as_os_str().to_owned();
+        partial.push(PARTIAL);
+        let partial = PathBuf::from(partial);
+        sweep(&partial);
+        fs::DirBuilder::new().mode(0o700).create(&partial).map_err(|source| unwritten(directory, source))?;
+        Ok(Self { directory: directory.to_owned(), partial, durable, finished: false })
     }
-    Ok(bytes)
+
+    /// Where a file called `name` belongs for now.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.partial.join(name)
+    }
+
+    /// Where it will be.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Whether it will survive a loss of power.
+    pub fn durable(&self) -> bool {
+        self.durable
+    }
+
+    /// Writes memory and state. `snapshot` has everything but extents; `base` is what of memory was mapped from an earlier snapshot.
+    /// Answers how many bytes of memory it holds.
+    ///
+    /// # Errors
+    /// When they cannot be written.
+    pub fn write(&self, mut snapshot: Snapshot, guest: &GuestMemory, base: &[Extent]) -> io::Result<u64> {
+        let create =
+            |name| File::options().write(true).create_new(true).mode(0o600).open(self.path(name));
+        let memory = create(MEMORY)?;
+        snapshot.extents = memory::write(guest, base, &memory, &snapshot.identity)?;
+        let bytes = snapshot.extents.iter().map(|extent| extent.length).sum();
+        let mut state = create(STATE)?;
+        state.write_all(&file::encode(&snapshot)?)?;
+        if self.durable {
+            memory.sync_all()?;
+            state.sync_all()?;
+        }
+        Ok(bytes)
+    }
+
+    /// Gives the directory its name: it is complete.
+    ///
+    /// # Errors
+    /// When that is impossible; nothing is left then.
+    pub fn finish(mut self) -> Result<()> {
+        self.publish().map_err(|source| self.failed(source))?;
+        self.finished = true;
+        Ok(())
+    }
+
+    fn publish(&self) -> io::Result<()> {
+        if self.durable {
+            File::open(&self.partial)?.sync_all()?;
+        }
+        fs::rename(&self.partial, &self.directory)?;
+        match self.directory.parent() {
+            Some(parent) if self.durable => File::open(parent)?.sync_all(),
+            _ => Ok(()),
+        }
+    }
+
+    /// The error for what went wrong with one of its files.
+    pub fn failed(&self, source: io::Error) -> Error {
+        unwritten(&self.directory, source)
+    }
+}
+
+fn unwritten(directory: &Path, source: io::Error) -> Error {
+    Error::Input { what: "directory for the snapshot", path: directory.to_owned(), source }
+}
+
+/// Removes what a monitor that was killed half-way has left; somebody else's directory of that name stays.
+fn sweep(partial: &Path) {
+    let Ok(entries) = fs::read_dir(partial) else { return };
+    let ours = |name: &str| name == STATE || name == MEMORY || name.starts_with(DISK);
+    let paths: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
+    if paths.iter().all(|path| path.file_name().and_then(|name| name.to_str()).is_some_and(ours)) {
+        let _ = fs::remove_dir_all(partial);
+    }
+}
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        if !self.finished {
+            let _ = fs::remove_dir_all(&self.partial);
+        }
+    }
 }
 
 #[cfg(test)]
@@ -162,26 +218,53 @@ pub(crate) mod tests {
         }
     }
 
+    fn write(directory: &Path, snapshot: Snapshot, guest: &GuestMemory) -> Result<()> {
+        let draft = Draft::begin(directory, true)?;
+        draft.write(snapshot, guest, &[]).map_err(|source| draft.failed(source))?;
+        draft.finish()
+    }
+
     #[test]
     fn what_is_there_is_not_written_over_and_a_failure_leaves_nothing() {
         let place = tempfile::tempdir().unwrap();
         let guest = create(1 << 20, Backing::Private).unwrap();
         let directory = place.path().join("one");
-        write(&directory, snapshot(1 << 20, Vec::new()), &guest, &[], true).unwrap();
+        write(&directory, snapshot(1 << 20, Vec::new()), &guest).unwrap();
         assert_eq!(Opened::open(&directory).unwrap().snapshot.memory_bytes, 1 << 20);
         use std::os::unix::fs::PermissionsExt;
         for path in [directory.clone(), directory.join(STATE), directory.join(MEMORY)] {
             let mode = fs::metadata(&path).unwrap().permissions().mode();
             assert_eq!(mode & 0o077, 0, "{path:?} can be read by others");
         }
-        let error = write(&directory, snapshot(1 << 20, Vec::new()), &guest, &[], true).unwrap_err();
+        let error = write(&directory, snapshot(1 << 20, Vec::new()), &guest).unwrap_err();
         assert!(error.to_string().contains("exists already"), "{error}");
 
         let nowhere = place.path().join("no/such/place");
-        assert!(write(&nowhere, snapshot(1 << 20, Vec::new()), &guest, &[], true).is_err());
+        assert!(write(&nowhere, snapshot(1 << 20, Vec::new()), &guest).is_err());
         let left: Vec<_> =
             fs::read_dir(place.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!(left, ["one"]);
+    }
+
+    #[test]
+    fn what_is_not_finished_goes_away() {
+        let place = tempfile::tempdir().unwrap();
+        let draft = Draft::begin(&place.path().join("one"), false).unwrap();
+        fs::write(draft.path("disk"), "half").unwrap();
+        assert_eq!(fs::read_dir(place.path()).unwrap().count(), 1);
+        drop(draft);
+        assert_eq!(fs::read_dir(place.path()).unwrap().count(), 0);
+
+        // Nor does what another left in our place stay, unless it is none of ours.
+        let partial = place.path().join("one.partial");
+        fs::create_dir(&partial).unwrap();
+        fs::write(partial.join("disk-scratch"), "half").unwrap();
+        Draft::begin(&place.path().join("one"), false).unwrap();
+        assert!(!partial.exists());
+        fs::create_dir(&partial).unwrap();
+        fs::write(partial.join("diary"), "mine").unwrap();
+        Draft::begin(&place.path().join("one"), false).unwrap_err();
+        assert!(partial.join("diary").exists());
     }
 
     #[test]
@@ -190,7 +273,7 @@ pub(crate) mod tests {
         let guest = create(1 << 20, Backing::Private).unwrap();
         let good = place.path().join("good");
         let make =
-            |directory: &Path| write(directory, snapshot(1 << 20, Vec::new()), &guest, &[], true).unwrap();
+            |directory: &Path| write(directory, snapshot(1 << 20, Vec::new()), &guest).unwrap();
         make(&good);
         let why = |directory: &Path| {
             let error = Opened::open(directory).unwrap_err();

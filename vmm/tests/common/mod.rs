@@ -104,6 +104,16 @@ impl Guest {
     }
 
     /// jmp .
+    /// Writes a byte of each of so many pages of 4 KiB from `address` on.
+    pub fn touch(self, address: u32, pages: u32) -> Self {
+        // mov address,%ebx; mov pages,%ecx; 1: mov %cl,(%rbx); add $4096,%ebx; dec %ecx; jnz 1b
+        self.raw(&[0xbb])
+            .raw(&address.to_le_bytes())
+            .raw(&[0xb9])
+            .raw(&pages.to_le_bytes())
+            .raw(&[0x88, 0x0b, 0x81, 0xc3, 0, 0x10, 0, 0, 0xff, 0xc9, 0x75, 0xf4])
+    }
+
     pub fn spin(self) -> Self {
         self.raw(&[0xeb, 0xfe])
     }

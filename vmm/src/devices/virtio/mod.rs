@@ -23,6 +23,7 @@ use virtio_queue::{Queue, QueueState};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::GuestMemory;
+use block::disk::Disk;
 use interrupt::Interrupt;
 
 /// Feature bit: the device follows version 1 of the standard.
@@ -134,6 +135,10 @@ pub trait VirtioDevice: Send {
     }
     /// The machine ends: hands on, within bounded time, what the guest has given it already.
     fn finish(&mut self) {}
+    /// What is in it, if it is a drive and not empty.
+    fn disk(&self) -> Option<Arc<Disk>> {
+        None
+    }
     /// What it counted.
     fn metrics(&self) -> serde_json::Value;
 }

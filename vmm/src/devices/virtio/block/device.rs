@@ -124,6 +124,10 @@ impl VirtioDevice for Block {
         self.handler.as_mut().map_or(Ok(Progress::Done), Handler::process)
     }
 
+    fn disk(&self) -> Option<Arc<Disk>> {
+        self.disk.clone()
+    }
+
     fn metrics(&self) -> serde_json::Value {
         self.metrics.to_json()
     }

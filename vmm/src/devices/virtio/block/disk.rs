@@ -4,8 +4,11 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 
+use super::backup::Backup;
 use super::gpt;
+use crate::sync::lock;
 
 /// Unit of all positions in virtio block.
 pub const SECTOR: u64 = 512;
@@ -29,6 +32,8 @@ pub struct RawDisk {
     file: File,
     length: u64,
     read_only: bool,
+    /// Wants to know what is about to be written over.
+    backup: Mutex<Option<Arc<Backup>>>,
 }
 
 /// See [`Disk::Composite`].
@@ -65,7 +70,7 @@ impl Disk {
         if length == 0 {
             return Err(io::Error::new(ErrorKind::InvalidData, "it holds less than one sector (512 bytes)"));
         }
-        Ok(Self::Raw(RawDisk { file, length, read_only }))
+        Ok(Self::Raw(RawDisk { file, length, read_only, backup: Mutex::default() }))
     }
 
     /// Shows each of `layers` as a partition of one read-only disk. `id` makes the disk's identifiers.
@@ -157,10 +162,11 @@ impl Disk {
         let length: usize = buffers.iter().map(|buffer| buffer.iov_len).sum();
         self.check(offset, length as u64)?;
         match self {
-            // SAFETY: the caller's promise.
-            Self::Raw(disk) if !disk.read_only => unsafe {
-                transfer(&disk.file, offset, buffers, Direction::Write)
-            },
+            Self::Raw(disk) if !disk.read_only => {
+                disk.preserve(offset, length as u64);
+                // SAFETY: the caller's promise.
+                unsafe { transfer(&disk.file, offset, buffers, Direction::Write) }
+            }
             _ => Err(ErrorKind::ReadOnlyFilesystem.into()),
         }
     }
@@ -182,12 +188,13 @@ impl Disk {
     /// When the disk is read-only, the range is not on it, or the host's file system cannot.
     pub fn zero(&self, offset: u64, length: u64, punch: bool) -> io::Result<()> {
         self.check(offset, length)?;
-        let Self::Raw(RawDisk { file, read_only: false, .. }) = self else {
+        let Self::Raw(disk @ RawDisk { file, read_only: false, .. }) = self else {
             return Err(ErrorKind::ReadOnlyFilesystem.into());
         };
         if length == 0 {
             return Ok(());
         }
+        disk.preserve(offset, length);
         let (offset, length) = (to_off(offset)?, to_off(length)?);
         let allocate = |mode| {
             let mode = mode | libc::FALLOC_FL_KEEP_SIZE;
@@ -202,6 +209,38 @@ impl Disk {
                 allocate(libc::FALLOC_FL_PUNCH_HOLE)
             }
             result => result,
+        }
+    }
+}
+
+impl Disk {
+    /// Begins to copy the disk, as it is now, to the new file `target`: see [`Backup::run`], after which
+    /// [`Self::end_backup`] is due.
+    ///
+    /// # Errors
+    /// When the file cannot be made, or the disk is one that nobody can write to: there is no need to copy it.
+    pub fn backup(&self, target: &Path) -> io::Result<Arc<Backup>> {
+        let Self::Raw(disk @ RawDisk { read_only: false, .. }) = self else {
+            return Err(io::Error::new(ErrorKind::InvalidInput, "the guest cannot write to it"));
+        };
+        let backup = Arc::new(Backup::new(disk.file.try_clone()?, disk.length, target)?);
+        *lock(&disk.backup) = Some(Arc::clone(&backup));
+        Ok(backup)
+    }
+
+    /// Nobody wants to know any more what is about to be written over.
+    pub fn end_backup(&self) {
+        if let Self::Raw(disk) = self {
+            *lock(&disk.backup) = None;
+        }
+    }
+}
+
+impl RawDisk {
+    fn preserve(&self, offset: u64, length: u64) {
+        let backup = lock(&self.backup).clone();
+        if let Some(backup) = backup {
+            backup.preserve(offset, length);
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Block device (section 5.2): raw files, and composite disks of several read-only files.
 
+pub mod backup;
 mod device;
 pub mod disk;
 pub mod gpt;

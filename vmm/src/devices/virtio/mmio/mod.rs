@@ -16,6 +16,7 @@ pub use state::TransportState;
 
 use super::interrupt::Interrupt;
 use super::{Activation, GuestError, Progress, VirtioDevice};
+use crate::devices::virtio::block::disk::Disk;
 use crate::bus::BusDevice;
 use crate::memory::GuestMemory;
 use crate::sync::lock;
@@ -182,6 +183,12 @@ impl MmioTransport {
             }
         }
         state.device.finish();
+    }
+
+    /// The device's name, and what is in it if it is a drive.
+    pub fn drive(&self) -> Option<(String, Arc<Disk>)> {
+        let state = lock(&self.state);
+        Some((state.device.name().to_owned(), state.device.disk()?))
     }
 
     /// The device's name and what was counted.
