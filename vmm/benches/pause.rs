@@ -22,7 +22,7 @@ fn main() {
         return;
     }
     let place = Place::new();
-    let guest = Guest::new().touch(0x100_0000, TOUCHED >> 12).print("x").spin();
+    let guest = Guest::new().map_second_gib().touch(0x100_0000, TOUCHED >> 12).print("x").spin();
     let control = place.path("control");
     let mut command = place.monitor(&guest);
     let mut child = command.arg("--memory").arg("2048").arg("--control").arg(&control).spawn().unwrap();
@@ -32,6 +32,7 @@ fn main() {
         {
             break client;
         }
+        assert!(child.try_wait().unwrap().is_none(), "the guest has crashed");
         thread::sleep(Duration::from_millis(2));
     };
     println!("pause of a guest that has touched {} MiB; {RUNS} snapshots", TOUCHED >> 20);

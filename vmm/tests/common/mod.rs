@@ -66,6 +66,16 @@ impl Guest {
         self.store(0xc000 + 128 * 8, 0xd000_0093).store(0xa000 + 3 * 8, 0xc003)
     }
 
+    /// Maps the GiB after the first, with which the boot page tables end: PDPT entry 1 to a PD at 0xc000 with pages of 2 MiB.
+    pub fn map_second_gib(self) -> Self {
+        // mov $0xc000,%ebx; mov $0x40000083,%eax; mov $512,%ecx
+        self.raw(&[0xbb, 0, 0xc0, 0, 0, 0xb8, 0x83, 0, 0, 0x40, 0xb9, 0, 2, 0, 0])
+            // 1: mov %eax,(%rbx); movl $0,4(%rbx); add $8,%ebx; add $0x200000,%eax; dec %ecx; jnz 1b
+            .raw(&[0x89, 0x03, 0xc7, 0x43, 4, 0, 0, 0, 0, 0x83, 0xc3, 8, 5, 0, 0, 0x20, 0])
+            .raw(&[0xff, 0xc9, 0x75, 0xeb])
+            .store(0xa008, 0xc003)
+    }
+
     pub fn print(self, text: &str) -> Self {
         text.bytes().fold(self, |guest, byte| guest.out8(0x3f8, byte))
     }
