@@ -54,6 +54,12 @@ pub enum Command {
     Wait(ManyArgs),
     /// Copy files between a container and the host; `-` is not supported.
     Cp(CpArgs),
+    /// Save a running container, its machine and all, to a directory; it goes on.
+    Snapshot(SnapshotArgs),
+    /// Make a container that goes on where a saved one was; as often as you like.
+    Restore(RestoreArgs),
+    /// Make copies of a running container that go on from the same moment, each in a microVM of its own.
+    Fork(ForkArgs),
     /// Images.
     #[command(subcommand)]
     Image(ImageCommand),
@@ -192,6 +198,50 @@ pub struct ExecArgs {
     /// Command and arguments.
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
     pub command: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct SnapshotArgs {
+    /// Name, id, or the beginning of an id.
+    pub container: String,
+    /// The directory to make.
+    pub directory: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub struct RestoreArgs {
+    /// Run in the background and print the container's id.
+    #[arg(short, long)]
+    pub detach: bool,
+    /// Remove the container when it has ended.
+    #[arg(long)]
+    pub rm: bool,
+    /// Name of the container.
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Let these ports of the host lead to the container, instead of those of the saved one.
+    #[arg(short, long, value_name = "[IP:]HOST:CONTAINER[/udp]", value_parser = Port::parse)]
+    pub publish: Vec<Port>,
+    /// Keys that leave a terminal with the container running [default: ctrl-p,ctrl-q].
+    #[arg(long, value_name = "KEYS")]
+    pub detach_keys: Option<String>,
+    /// What `bulkhead snapshot` made.
+    pub directory: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub struct ForkArgs {
+    /// How many.
+    #[arg(short = 'n', long, value_name = "NUMBER", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub count: u32,
+    /// Name of the copy; of several: NAME-1, NAME-2, …
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Remove each when it has ended.
+    #[arg(long)]
+    pub rm: bool,
+    /// Name, id, or the beginning of an id.
+    pub container: String,
 }
 
 #[derive(Debug, Args)]

@@ -17,6 +17,7 @@ use crate::error::{Context, Result};
 use crate::reaper;
 use crate::rpc::Connection;
 use crate::streams::Stream;
+use crate::suspend::Suspended;
 
 /// More connections than this are closed as they come; descriptors must be left for containers.
 const MAX_CONNECTIONS: usize = 400;
@@ -42,6 +43,8 @@ pub struct Agent {
     pub containers: BTreeMap<String, Container>,
     /// Image layers that are mounted.
     pub layers: Layers,
+    /// The guest is being saved.
+    pub suspended: Option<Suspended>,
 }
 
 /// Who is behind a descriptor that is ready.
@@ -106,6 +109,7 @@ impl Agent {
             processes: BTreeMap::new(),
             containers: BTreeMap::new(),
             layers: Layers::default(),
+            suspended: None,
         };
         let add = |fd: &OwnedFd, source: Source| {
             epoll::add(&agent.epoll, fd, source.to_data(), EventFlags::IN).context(|| "watch a descriptor")

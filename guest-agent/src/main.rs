@@ -17,6 +17,7 @@ mod ports;
 mod reaper;
 mod rpc;
 mod streams;
+mod suspend;
 
 use bulkhead_protocol::mark;
 

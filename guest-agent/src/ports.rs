@@ -83,7 +83,7 @@ impl Port {
             };
         };
         let (inwards, outwards) = (pump(inward, host, local), pump(outward, local, host));
-        if outwards == Some(Pace::Refused) || (inward.is_none() && outward.is_none()) {
+        if matches!(outwards, Some(Pace::Refused | Pace::Lost)) || (inward.is_none() && outward.is_none()) {
             return Step::Close;
         }
         if inward.is_none() && has_gone(host) {
@@ -99,7 +99,7 @@ impl Port {
 /// Moves what can be moved, and passes an end on. Who takes no more may still have something to say.
 fn pump(flow: &mut Option<Flow>, from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> Option<Pace> {
     let pace = flow.as_mut().map(|flow| flow.pump(from, to, false))?;
-    if matches!(pace, Pace::Ended | Pace::Refused) {
+    if matches!(pace, Pace::Ended | Pace::Refused | Pace::Lost) {
         *flow = None;
         let _ = shutdown(to, Shutdown::Write);
     }

@@ -15,6 +15,7 @@ use crate::agent::{Agent, Source};
 use crate::container::process::{Slot, State};
 use crate::error::{Code, Error, Result};
 use crate::ports::Port;
+use crate::rpc::is_of_the_past;
 
 /// Bytes in flight per direction: as much as a pipe holds.
 const BUFFER: usize = 64 << 10;
@@ -41,15 +42,16 @@ enum Phase {
 /// Both directions of an open stream; one of them is absent for all but a terminal.
 struct Relay {
     process: u32,
+    kind: Kind,
     local: Rc<OwnedFd>,
     inward: Option<Flow>,
     outward: Option<Flow>,
-    is_terminal: bool,
     /// The process has ended: an empty pipe is a finished pipe, whoever may still hold its other end.
     empty_is_end: bool,
 }
 
 /// One direction.
+#[derive(Debug)]
 pub struct Flow {
     buffer: Box<[u8]>,
     start: usize,
@@ -68,6 +70,8 @@ pub enum Pace {
     Ended,
     /// Nobody takes it any more.
     Refused,
+    /// The connection is not this machine's: see [`is_of_the_past`].
+    Lost,
 }
 
 impl Flow {
@@ -84,6 +88,7 @@ impl Flow {
                     Ok(count) => self.start += count,
                     Err(Errno::INTR) => {}
                     Err(Errno::AGAIN) => return Pace::Blocked,
+                    Err(errno) if is_of_the_past(errno) => return Pace::Lost,
                     Err(_) => return Pace::Refused,
                 }
             }
@@ -96,6 +101,7 @@ impl Flow {
                 Ok(count) => self.end = count,
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) if !empty_is_end => return Pace::Blocked,
+                Err(errno) if is_of_the_past(errno) => return Pace::Lost,
                 // EIO: the last holder of a terminal has closed it.
                 Err(_) => self.ended = true,
             }
@@ -192,12 +198,15 @@ impl Agent {
                 let (socket, local) = (stream.socket.as_fd(), relay.local.as_fd());
                 let inward = relay.inward.as_mut().map(|flow| flow.pump(socket, local, false));
                 let outward = relay.outward.as_mut().map(|flow| flow.pump(local, socket, relay.empty_is_end));
+                if inward == Some(Pace::Lost) || outward == Some(Pace::Lost) {
+                    return self.lose_stream(id);
+                }
                 if matches!(inward, Some(Pace::Ended | Pace::Refused)) {
                     relay.inward = None;
                 }
                 let over = |pace| matches!(pace, Some(Pace::Ended | Pace::Refused));
                 // A terminal lives by what it says, the others have one direction only.
-                if over(outward) || (over(inward) && !relay.is_terminal) {
+                if over(outward) || (over(inward) && relay.kind != Kind::Terminal) {
                     self.close_stream(id, outward == Some(Pace::Refused));
                 } else if inward == Some(Pace::Unfinished) || outward == Some(Pace::Unfinished) {
                     self.unfinished.push(id);
@@ -236,7 +245,7 @@ impl Agent {
             self.processes.get_mut(&process_id).ok_or_else(|| Error::not_found("no such process"))?;
         let (name, ended) = (process.name(), process.state.has_ended());
         let slot = process.slot(kind)?;
-        let local = match slot {
+        let (local, rest) = match slot {
             Slot::Unused => return Err(Error::precondition(format!("{kind:?} of {name} was not asked for"))),
             Slot::Connected => {
                 return Err(Error::new(
@@ -250,7 +259,7 @@ impl Agent {
                 }
                 return Ok(());
             }
-            Slot::Waiting(local) => Rc::clone(local),
+            Slot::Waiting(local, rest) => (Rc::clone(local), rest.take()),
         };
         *slot = Slot::Connected;
         self.watch(local.as_fd(), Source::Stream(id))?;
@@ -259,10 +268,10 @@ impl Agent {
         let flow = |wanted: bool| wanted.then(Flow::new);
         stream.phase = Phase::Open(Relay {
             process: process_id,
+            kind,
             local,
             inward: flow(matches!(kind, Kind::Stdin | Kind::Terminal)),
-            outward: flow(kind != Kind::Stdin),
-            is_terminal: kind == Kind::Terminal,
+            outward: rest.or_else(|| flow(kind != Kind::Stdin)),
             empty_is_end,
         });
         if !stream.reply("") {
@@ -288,15 +297,26 @@ impl Agent {
         }
     }
 
+    /// The machine went on from a snapshot: whoever restored it will connect the process's streams anew, and nothing that it
+    /// said is lost.
+    fn lose_stream(&mut self, id: u32) {
+        let Some(stream) = self.streams.remove(&id) else { return };
+        let Phase::Open(relay) = stream.phase else { return };
+        self.forget(relay.local.as_fd());
+        if let Some(process) = self.processes.get_mut(&relay.process) {
+            process.slots[Slot::index(relay.kind)] = Slot::Waiting(relay.local, relay.outward);
+        }
+    }
+
     fn close_stream(&mut self, id: u32, peer_lost: bool) {
         let Some(stream) = self.streams.remove(&id) else { return };
         let Phase::Open(relay) = stream.phase else { return };
-        if relay.is_terminal {
+        if relay.kind == Kind::Terminal {
             // The process holds the master too, so the kernel would go on reporting it.
             self.forget(relay.local.as_fd());
             // Who has lost a terminal may come back to it.
             if let Some(process) = self.processes.get_mut(&relay.process).filter(|_| peer_lost) {
-                process.slots[0] = Slot::Waiting(relay.local);
+                process.slots[0] = Slot::Waiting(relay.local, None);
             }
         }
     }

@@ -23,7 +23,7 @@ pub fn into_container(layout: &Layout, record: &Record, from: &Path, to: &str) -
     stop::running(record)?;
     let guest = Guest::new(&Files::new(layout, &record.id).vsock());
     let metadata = fs::symlink_metadata(from).context(|| format!("cannot read {}", from.display()))?;
-    let is_directory = is_directory_in(&guest, &record.id, to);
+    let is_directory = is_directory_in(&guest, record.in_guest(), to);
     let (dir, name) = if is_directory {
         let name = from.file_name().filter(|_| !ends_with_dot(from)).map(PathBuf::from);
         (to.to_owned(), name.unwrap_or_else(|| PathBuf::from(".")))
@@ -36,7 +36,7 @@ pub fn into_container(layout: &Layout, record: &Record, from: &Path, to: &str) -
         (dir, PathBuf::from(path.file_name().unwrap_or_default()))
     };
     let what = || format!("cannot copy {} into the container", from.display());
-    let connection = guest.stream(&record.id, "", Kind::ArchiveIn, &dir)?;
+    let connection = guest.stream(record.in_guest(), "", Kind::ArchiveIn, &dir)?;
     let mut archive = tar::Builder::new(io::BufWriter::with_capacity(64 << 10, &connection));
     archive.follow_symlinks(false);
     let written = if metadata.is_dir() {
@@ -58,7 +58,7 @@ pub fn into_container(layout: &Layout, record: &Record, from: &Path, to: &str) -
 pub fn out_of_container(layout: &Layout, record: &Record, from: &str, to: &Path) -> Result<()> {
     stop::running(record)?;
     let guest = Guest::new(&Files::new(layout, &record.id).vsock());
-    let connection = guest.stream(&record.id, "", Kind::ArchiveOut, from)?;
+    let connection = guest.stream(record.in_guest(), "", Kind::ArchiveOut, from)?;
     unpack(connection, to, from.ends_with("/.")).context(|| format!("cannot copy {from} to {}", to.display()))
 }
 

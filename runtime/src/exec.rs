@@ -59,7 +59,7 @@ pub fn exec(layout: &Layout, record: &Record, image: &Image, options: &ExecOptio
     let signals = Signals::block()?;
     let guest = Guest::new(&Files::new(layout, &record.id).vsock());
     let mut agent = guest.agent()?;
-    let container = record.id.clone();
+    let container = record.in_guest().to_owned();
     let exec = format!("{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
     let stdio = if options.detach {
         Stdio::default()

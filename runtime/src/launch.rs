@@ -78,6 +78,7 @@ pub fn run(
         supervisor_pid: 0,
         monitor_pid: 0,
         kernel: String::new(),
+        guest_id: String::new(),
         options,
     };
     let launched = prepare(layout, image, &artefacts, record, user, &hostname, keys, reservation);
@@ -140,6 +141,7 @@ fn prepare(
         ends,
         caller,
         shares,
+        copy: None,
     };
     Ok((plan, wire))
 }
@@ -179,7 +181,7 @@ fn resolve_user(image: &Image, wanted: &str) -> Result<ProcessUser> {
 }
 
 /// Forks the supervisor and stands for the container until it has ended or is left alone.
-fn launch(mut plan: Plan, wire: Wire) -> Result<Launched> {
+pub(crate) fn launch(mut plan: Plan, wire: Wire) -> Result<Launched> {
     let id = plan.record.id.clone();
     let detach = plan.record.options.detach;
     let (tty, interactive) = (plan.record.options.tty, plan.record.options.interactive);

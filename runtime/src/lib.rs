@@ -25,6 +25,7 @@ pub mod relay;
 mod scratch;
 pub mod settings;
 pub mod shares;
+pub mod snapshot;
 mod spec;
 pub mod state;
 pub mod stop;

@@ -3,12 +3,14 @@
 use std::fs::{self, File};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::FileType;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 pub use vmm::config::DiskConfig;
 use vmm::config::{
@@ -36,7 +38,7 @@ const CMDLINE: &str = "console=hvc0 quiet panic=-1 reboot=k noreplace-smp initca
     dummy.numdummies=0";
 
 /// The shape of a machine.
-#[derive(Debug)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Shape {
     /// Virtual processors, 1 to 32.
     pub vcpus: u8,
@@ -123,6 +125,24 @@ pub(crate) fn outline(artefacts: &Artefacts, files: &Files, shape: &Shape) -> Co
     }
 }
 
+/// What a machine goes on from instead of booting.
+#[derive(Debug, Clone)]
+pub enum Origin {
+    /// One that had just booted.
+    Template(Template),
+    /// Somebody's snapshot, in this directory.
+    Snapshot(PathBuf),
+}
+
+impl Origin {
+    fn directory(&self) -> &Path {
+        match self {
+            Self::Template(template) => &template.directory,
+            Self::Snapshot(directory) => directory,
+        }
+    }
+}
+
 /// A monitor under way.
 pub struct Monitor {
     child: Child,
@@ -130,7 +150,7 @@ pub struct Monitor {
     pub pidfd: OwnedFd,
     files: Files,
     /// What it goes on from.
-    template: Option<Template>,
+    origin: Option<Origin>,
     /// Where the agent calls when it is up.
     pub ready: UnixListener,
     /// How long the guest may take to boot.
@@ -139,8 +159,8 @@ pub struct Monitor {
 }
 
 impl Monitor {
-    /// Starts the monitor of a sandbox; the guest boots while the caller does other things. With a template, which must be
-    /// one of a machine of the same shape and devices, it goes on from there instead.
+    /// Starts the monitor of a sandbox; the guest boots while the caller does other things. With an origin, which must be
+    /// a machine of the same shape and devices, it goes on from there instead.
     pub fn start(
         artefacts: &Artefacts,
         files: &Files,
@@ -148,16 +168,16 @@ impl Monitor {
         disks: Vec<DiskConfig>,
         shares: Option<&mut Server>,
         links: &Links,
-        template: Option<&Template>,
+        origin: Option<&Origin>,
     ) -> Result<Self> {
         let mut config = outline(artefacts, files, shape);
         config.machine.kvm_fd = links.kvm.as_ref().map(AsRawFd::as_raw_fd);
         config.disks = disks;
         config.filesystems = shares.iter().filter_map(|server| server.filesystem()).collect();
         config.networks = links.configs();
-        if let Some(template) = template {
+        if let Some(origin) = origin {
             config.boot = None;
-            config.restore = Some(template.directory.clone());
+            config.restore = Some(origin.directory().to_owned());
             config.ready = Some(files.ready());
         }
         let inherited = links.fds.iter().chain(&links.kvm).map(AsRawFd::as_raw_fd).collect();
@@ -170,7 +190,7 @@ impl Monitor {
         if let Some(server) = shares {
             server.handed_over();
         }
-        monitor.template = template.cloned();
+        monitor.origin = origin.cloned();
         Ok(monitor)
     }
 
@@ -204,7 +224,7 @@ impl Monitor {
         let pid = Pid::from_child(&child);
         let pidfd = pidfd_open(pid, PidfdFlags::empty()).context(what)?;
         let patience = Duration::from_secs(artefacts.settings.machine.boot_timeout.into());
-        Ok(Self { child, pidfd, files: files.clone(), template: None, ready, patience, discarded: false })
+        Ok(Self { child, pidfd, files: files.clone(), origin: None, ready, patience, discarded: false })
     }
 
     /// Its process id.
@@ -243,14 +263,19 @@ impl Monitor {
                 return Ok(());
             }
             if ended {
-                let Some(template) = self.template.take() else {
-                    return Err(Error::Monitor(self.last_words("the microVM ended before its agent was up")));
+                let happened = match self.origin.take() {
+                    None => "the microVM ended before its agent was up".to_owned(),
+                    Some(Origin::Template(template)) => {
+                        // Whatever is wrong with it, the next one will be made anew.
+                        template.discard();
+                        "the microVM could not go on from its template, which is removed now: try again"
+                            .to_owned()
+                    }
+                    Some(Origin::Snapshot(directory)) => {
+                        format!("the microVM could not go on from the snapshot {}", directory.display())
+                    }
                 };
-                // Whatever is wrong with it, the next one will be made anew.
-                template.discard();
-                return Err(Error::Monitor(self.last_words(
-                    "the microVM could not go on from its template, which is removed now: try again",
-                )));
+                return Err(Error::Monitor(self.last_words(&happened)));
             }
             if interrupted && given_up() {
                 return Err(Error::Interrupted);

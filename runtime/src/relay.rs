@@ -53,6 +53,24 @@ impl Streams {
             stderr: open(wanted.stderr, Kind::Stderr)?,
         })
     }
+
+    /// The same for a container's init in a machine that went on from a snapshot. What had come to its end before is not there.
+    pub fn reconnect(guest: &Guest, container: &str, wanted: &Stdio, tty: bool) -> Self {
+        let open = |wanted: bool, kind| {
+            let stream = wanted.then(|| guest.stream(container, "", kind, ""));
+            stream.and_then(Result::ok)
+        };
+        if tty {
+            let stdout = open(true, Kind::Terminal);
+            let stdin = stdout.as_ref().filter(|_| wanted.stdin).and_then(|stream| stream.try_clone().ok());
+            return Self { stdin, stdout, stderr: None };
+        }
+        Self {
+            stdin: open(wanted.stdin, Kind::Stdin),
+            stdout: open(wanted.stdout, Kind::Stdout),
+            stderr: open(wanted.stderr, Kind::Stderr),
+        }
+    }
 }
 
 /// Where the bytes of the guest's process go, and come from, on the host.

@@ -93,6 +93,9 @@ pub struct Record {
     /// Guest kernel release.
     #[serde(default)]
     pub kernel: String,
+    /// What the guest's agent knows the container by, where that is not its id: in a copy of another's machine, that one's.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub guest_id: String,
 }
 
 /// Version of [`Record`] that this build writes and reads.
@@ -303,6 +306,12 @@ fn create_locked(path: &Path) -> Result<File> {
 }
 
 impl Record {
+    /// The container's id for the agent in its guest.
+    #[must_use]
+    pub fn in_guest(&self) -> &str {
+        if self.guest_id.is_empty() { &self.id } else { &self.guest_id }
+    }
+
     /// Writes the record so that readers see the old one or the new one, whole.
     ///
     /// # Errors
@@ -532,6 +541,7 @@ mod tests {
             supervisor_pid: 1,
             monitor_pid: 1,
             kernel: String::new(),
+            guest_id: String::new(),
         }
     }
 

@@ -22,8 +22,12 @@ const PUT_AWAY: Duration = Duration::from_secs(20);
 pub fn kill(layout: &Layout, record: &Record, signal: u32) -> Result<()> {
     running(record)?;
     let mut agent = Guest::new(&Files::new(layout, &record.id).vsock()).agent()?;
-    let request =
-        SignalProcessRequest { container: record.id.clone(), exec: String::new(), signal, all: false };
+    let request = SignalProcessRequest {
+        container: record.in_guest().to_owned(),
+        exec: String::new(),
+        signal,
+        all: false,
+    };
     let _: Empty = agent
         .call("SignalProcess", &request)
         .context(|| format!("cannot signal container {}", names::short(&record.id)))?;
@@ -131,7 +135,7 @@ fn ask<R: prost::Message + Default>(layout: &Layout, record: &Record, method: &'
     running(record)?;
     let mut agent = Guest::new(&Files::new(layout, &record.id).vsock()).agent()?;
     agent
-        .call(method, &ContainerRequest { container: record.id.clone() })
+        .call(method, &ContainerRequest { container: record.in_guest().to_owned() })
         .context(|| format!("cannot ask about container {}", names::short(&record.id)))
 }
 

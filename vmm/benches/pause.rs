@@ -40,7 +40,7 @@ fn main() {
         let directory = place.path("saved");
         let request = SnapshotRequest { directory: directory.clone(), durable: false, disks: Vec::new() };
         let start = Instant::now();
-        let taken = client.snapshot(request, |_| ()).unwrap();
+        let taken = client.snapshot(request, |_| (), |_| Ok(())).unwrap();
         println!(
             "  {:>6.1} ms of {:>6} ms, {} MiB written",
             taken.pause_ns as f64 / 1e6,

@@ -207,13 +207,17 @@ fn the_guest_goes_on_while_it_is_written_and_who_goes_away_gives_it_up() {
     let mut states = Vec::new();
     let mut other = Client::connect(&place.path("control")).unwrap();
     let taken = client
-        .snapshot(with_disk("saved", &id), |pause_ns| {
-            assert!(pause_ns > 0);
-            // Told while memory is written: the machine runs, and there is no second snapshot beside it.
-            states.push(other.status().unwrap().state);
-            let error = other.call(save(place.path("second"))).unwrap_err().to_string();
-            states.push(error);
-        })
+        .snapshot(
+            with_disk("saved", &id),
+            |pause_ns| {
+                assert!(pause_ns > 0);
+                // Told while memory is written: the machine runs, and there is no second snapshot beside it.
+                states.push(other.status().unwrap().state);
+                let error = other.call(save(place.path("second"))).unwrap_err().to_string();
+                states.push(error);
+            },
+            |_| Ok(()),
+        )
         .unwrap();
     assert_eq!(states[0], "running");
     assert!(states[1].contains("already"), "{states:?}");
@@ -222,7 +226,7 @@ fn the_guest_goes_on_while_it_is_written_and_who_goes_away_gives_it_up() {
     let copy = place.path("saved").join(format!("disk-{id}"));
     assert!(fs::read(&copy).unwrap() == fs::read(&disk).unwrap());
 
-    let error = client.snapshot(with_disk("no", "nosuch"), |_| ()).unwrap_err().to_string();
+    let error = client.snapshot(with_disk("no", "nosuch"), |_| (), |_| Ok(())).unwrap_err().to_string();
     assert!(error.contains("no disk \"nosuch\""), "{error}");
     assert_eq!(left_of(&place, "no"), [""; 0]);
 
@@ -255,20 +259,24 @@ fn the_guest_goes_on_while_it_is_written_and_who_goes_away_gives_it_up() {
 
     // And the child that writes does not outlive a monitor that is killed.
     client
-        .snapshot(with_disk("orphan", &id), |_| {
-            let children = format!("/proc/{0}/task/{0}/children", child.id());
-            let children = fs::read_to_string(children).unwrap();
-            let writer = children.split_whitespace().next().map(str::to_owned);
-            child.kill().unwrap();
-            child.wait().unwrap();
-            let deadline = Instant::now() + Duration::from_secs(10);
-            while let Some(writer) = &writer
-                && Path::new("/proc").join(writer).exists()
-            {
-                assert!(Instant::now() < deadline, "process {writer} goes on");
-                thread::sleep(Duration::from_millis(1));
-            }
-        })
+        .snapshot(
+            with_disk("orphan", &id),
+            |_| {
+                let children = format!("/proc/{0}/task/{0}/children", child.id());
+                let children = fs::read_to_string(children).unwrap();
+                let writer = children.split_whitespace().next().map(str::to_owned);
+                child.kill().unwrap();
+                child.wait().unwrap();
+                let deadline = Instant::now() + Duration::from_secs(10);
+                while let Some(writer) = &writer
+                    && Path::new("/proc").join(writer).exists()
+                {
+                    assert!(Instant::now() < deadline, "process {writer} goes on");
+                    thread::sleep(Duration::from_millis(1));
+                }
+            },
+            |_| Ok(()),
+        )
         .unwrap_err();
     assert!(!place.path("orphan").exists());
 }

@@ -8,6 +8,7 @@ pub mod lifecycle;
 pub mod list;
 pub mod logs;
 pub mod run;
+pub mod snapshot;
 
 use std::path::PathBuf;
 

@@ -54,8 +54,14 @@ pub fn run(layout: &Layout, settings: &Settings, args: RunArgs) -> Outcome {
     };
     let image = find_or_pull(layout, &store, &args.image)?;
     trace::mark("image resolved");
-    match launch::run(layout, &image, &args.image, options, args.name.as_deref(), settings)? {
-        Launched::Detached { id } if args.detach => {
+    let detach = options.detach;
+    finish(launch::run(layout, &image, &args.image, options, args.name.as_deref(), settings)?, detach)
+}
+
+/// What is said when a container has ended, or runs in the background.
+pub fn finish(launched: Launched, detach: bool) -> Outcome {
+    match launched {
+        Launched::Detached { id } if detach => {
             table::print(&format!("{id}\n"))?;
             Ok(0)
         }

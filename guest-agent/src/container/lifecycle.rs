@@ -244,7 +244,7 @@ impl Agent {
             let _ = rustix::io::ioctl_fionbio(&terminal, true);
             let terminal = Rc::new(terminal);
             if matches!(process.slots[0], Slot::Coming) {
-                process.slots[0] = Slot::Waiting(Rc::clone(&terminal));
+                process.slots[0] = Slot::Waiting(Rc::clone(&terminal), None);
             }
             process.terminal = Some(terminal);
         }

@@ -7,6 +7,7 @@ use bulkhead_protocol::agent::{Stdio, WaitProcessResponse, stream_hello::Kind};
 
 use crate::error::{Code, Context, Error, Result, check};
 use crate::rpc::Ticket;
+use crate::streams::Flow;
 
 /// Where a process is in its life.
 #[derive(Debug)]
@@ -43,8 +44,8 @@ pub struct Exit {
 pub enum Slot {
     /// /dev/null for the process.
     Unused,
-    /// Nobody has connected it yet.
-    Waiting(Rc<OwnedFd>),
+    /// Nobody has connected it yet, or whoever did is gone; then perhaps with bytes that are still to be passed on.
+    Waiting(Rc<OwnedFd>, Option<Flow>),
     /// The terminal's master has not come from the child yet.
     Coming,
     /// A connection carries it, or has.
@@ -90,13 +91,22 @@ impl State {
 }
 
 impl Slot {
+    /// Which of a process's slots carries this kind of stream.
+    pub fn index(kind: Kind) -> usize {
+        match kind {
+            Kind::Stdin | Kind::Terminal => 0,
+            Kind::Stdout => 1,
+            _ => 2,
+        }
+    }
+
     /// The slots of a process: pipes, or a terminal that will come.
     pub fn for_process(terminal: bool, asked: &Stdio, pipes: [Option<OwnedFd>; 3]) -> [Self; 3] {
         if terminal {
             let first = if asked.stdin || asked.stdout { Self::Coming } else { Self::Unused };
             return [first, Self::Unused, Self::Unused];
         }
-        pipes.map(|pipe| pipe.map_or(Self::Unused, |fd| Self::Waiting(Rc::new(fd))))
+        pipes.map(|pipe| pipe.map_or(Self::Unused, |fd| Self::Waiting(Rc::new(fd), None)))
     }
 }
 
@@ -106,22 +116,17 @@ impl Process {
     /// # Errors
     /// The process has no such stream.
     pub fn slot(&mut self, kind: Kind) -> Result<&mut Slot> {
-        let index = match kind {
-            Kind::Stdin | Kind::Terminal => 0,
-            Kind::Stdout => 1,
-            _ => 2,
-        };
         let has_terminal = self.terminal.is_some() || matches!(self.slots[0], Slot::Coming);
         if has_terminal != (kind == Kind::Terminal) {
             let other = if has_terminal { "has a terminal: connect TERMINAL" } else { "has no terminal" };
             return Err(Error::precondition(format!("{} {other}", self.name())));
         }
-        Ok(&mut self.slots[index])
+        Ok(&mut self.slots[Slot::index(kind)])
     }
 
     /// Streams that the host asked for and has not connected.
     pub fn unconnected(&self) -> bool {
-        self.slots.iter().any(|slot| matches!(slot, Slot::Waiting(_) | Slot::Coming))
+        self.slots.iter().any(|slot| matches!(slot, Slot::Waiting(..) | Slot::Coming))
     }
 
     /// For messages.

@@ -80,18 +80,27 @@ impl Connection {
                 Ok(count) => self.decoder.push(buffer.get(..count).unwrap_or_default()),
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return Ok(None),
+                Err(errno) if is_of_the_past(errno) => {
+                    return Err(Error::new(Code::Aborted, "it was another machine's"));
+                }
                 Err(errno) => return Err(errno.into()),
             }
         }
     }
 }
 
+/// Whether a connection of vsock has ended because the machine went on from a snapshot, where the kernel was told that all of them
+/// are gone (`virtio_vsock_reset_sock`). One that a peer ends is said to be at its end, or broken, instead.
+pub fn is_of_the_past(errno: Errno) -> bool {
+    errno == Errno::NOTCONN
+}
+
 impl Agent {
     /// Goes on with a connection that is ready.
     pub fn serve(&mut self, id: u32) {
         while let Some(connection) = self.connections.get_mut(&id) {
-            if connection.flush().is_err() {
-                return self.hang_up(id);
+            if let Err(errno) = connection.flush() {
+                return self.hang_up(id, is_of_the_past(errno));
             }
             if connection.is_congested() {
                 return;
@@ -99,17 +108,18 @@ impl Agent {
             match connection.next_request() {
                 Ok(Some((stream, request))) => self.dispatch(Ticket { connection: id, stream }, &request),
                 Ok(None) => return,
-                Err(_) => {
+                Err(error) => {
                     // One bad peer is no reason to end anything but its own connection.
-                    return self.hang_up(id);
+                    return self.hang_up(id, error.code == Code::Aborted);
                 }
             }
         }
     }
 
-    /// Forgets a connection, and kills what was bound to it.
-    fn hang_up(&mut self, id: u32) {
+    /// Forgets a connection, and kills what was bound to it. `lost`: it was one of the machine that this one is a copy of.
+    fn hang_up(&mut self, id: u32, lost: bool) {
         self.connections.remove(&id);
+        self.resume_with(id, lost);
         let bound = self.processes.values().filter(|process| process.bound == Some(id));
         for process in bound.filter(|process| !process.state.has_ended()) {
             // One that has just ended needs no signal.
@@ -129,8 +139,8 @@ impl Agent {
             wire::encode(Kind::Response, ticket.stream, &response)
         });
         connection.output.extend(frame.unwrap_or_default());
-        if connection.flush().is_err() {
-            self.hang_up(ticket.connection);
+        if let Err(errno) = connection.flush() {
+            self.hang_up(ticket.connection, is_of_the_past(errno));
         }
     }
 

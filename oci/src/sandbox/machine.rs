@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 
 use bulkhead_protocol::agent::{ConfigureRequest, Rootfs, ShutdownRequest};
 use bulkhead_runtime::guest::{self, Agent, Guest};
-use bulkhead_runtime::monitor::{Links, Monitor};
+use bulkhead_runtime::monitor::{Links, Monitor, Origin};
 use bulkhead_runtime::network::{self, Network};
 use bulkhead_runtime::shares::{self, Lifetime, More, Server, Shares};
 use bulkhead_runtime::template::{self, Wanted};
@@ -63,7 +63,7 @@ impl Machine {
         let wanted = Wanted { shape: &shape, disks: &disks, shares: needs_shares, networks: links.kinds() };
         let layout = Layout::new(None, &artefacts.settings.paths)?;
         let given_up = || std::iter::from_fn(|| signals.next()).any(is_fatal);
-        let template = template::get(&layout, artefacts, &wanted, signals, given_up)?;
+        let template = template::get(&layout, artefacts, &wanted, signals, given_up)?.map(Origin::Template);
         if let Some(group) = &container.cgroup {
             // Engines forget to allow the devices that a machine is made of, and nothing in the group may open them then:
             // /dev/net/tun has been opened above. If this one does not open, the monitor says why.

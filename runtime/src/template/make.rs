@@ -99,7 +99,7 @@ fn save(monitor: Monitor, files: &Files, directory: &Path) -> Result<()> {
         .and_then(|mut client| {
             // It does not go on: what stands still is written as it is, without a child that keeps it.
             client.call(Method::Pause)?;
-            client.snapshot(wish, |_| ())
+            client.snapshot(wish, |_| (), |_| Ok(()))
         })
         .map_err(failed)?;
     // Waited for: this process may live as long as a container, and a dead child with it.

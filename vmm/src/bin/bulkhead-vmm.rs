@@ -156,7 +156,9 @@ fn method_of(method: CtlMethod, directory: Option<&Path>) -> vmm::Result<Method>
         }
         // The monitor's working directory is not this process's.
         (CtlMethod::Snapshot, Some(directory)) => match std::path::absolute(directory) {
-            Ok(directory) => Ok(Method::Snapshot(SnapshotRequest { directory, durable: true, disks: Vec::new() })),
+            Ok(directory) => {
+                Ok(Method::Snapshot(SnapshotRequest { directory, durable: true, disks: Vec::new() }))
+            }
             Err(error) => usage(&format!("the directory {directory:?}: {error}")),
         },
         (_, Some(_)) => usage("only snapshot takes a directory"),

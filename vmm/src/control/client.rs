@@ -1,6 +1,7 @@
 //! Asks a running monitor.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -73,10 +74,10 @@ impl Client {
     /// # Errors
     /// When the monitor does not answer within seconds, or refuses.
     pub fn call(&mut self, method: Method) -> Result<serde_json::Value, ClientError> {
-        self.call_with(method, |_| ())
+        self.call_with(method, |_| (), |_| Ok(()))
     }
 
-    /// The same; `told` hears how far it is.
+    /// The same; `told` hears how far it is. `wait` is called before each line is read, with the socket, and gives up by an error.
     ///
     /// # Errors
     /// As [`Self::call`].
@@ -84,6 +85,7 @@ impl Client {
         &mut self,
         method: Method,
         mut told: impl FnMut(Progress),
+        mut wait: impl FnMut(BorrowedFd<'_>) -> io::Result<()>,
     ) -> Result<serde_json::Value, ClientError> {
         // Memory has to be written.
         let patience = if matches!(method, Method::Snapshot(_)) { SNAPSHOT_PATIENCE } else { PATIENCE };
@@ -92,6 +94,9 @@ impl Client {
         self.next_id += 1;
         self.send(&Request { id, method }).map_err(|source| self.lost(source))?;
         loop {
+            if self.stream.buffer().is_empty() {
+                wait(self.stream.get_ref().as_fd()).map_err(|source| self.lost(source))?;
+            }
             let line = self.line().map_err(|source| self.lost(source))?;
             let answer: Answer = serde_json::from_slice(&line).map_err(|source| self.malformed(source))?;
             match answer {
@@ -102,7 +107,8 @@ impl Client {
         }
     }
 
-    /// Saves the machine. `went_on` hears how long the guest stood still, when it goes on and not all is written yet.
+    /// Saves the machine. `went_on` hears how long the guest stood still, when it goes on and not all is written yet; `wait` is as in
+    /// [`Self::call_with`].
     ///
     /// # Errors
     /// As [`Self::call`].
@@ -110,8 +116,10 @@ impl Client {
         &mut self,
         request: SnapshotRequest,
         mut went_on: impl FnMut(u64),
+        wait: impl FnMut(BorrowedFd<'_>) -> io::Result<()>,
     ) -> Result<Taken, ClientError> {
-        let value = self.call_with(Method::Snapshot(request), |progress| went_on(progress.pause_ns))?;
+        let method = Method::Snapshot(request);
+        let value = self.call_with(method, |progress| went_on(progress.pause_ns), wait)?;
         serde_json::from_value(value).map_err(|source| self.malformed(source))
     }
 

@@ -160,7 +160,8 @@ impl Saving {
     /// What went wrong: the snapshot cannot be finished.
     pub fn collect(&mut self, fd: RawFd) -> Result<bool> {
         if let Some(part) = self.parts.iter_mut().find(|part| part.fd() == Some(fd)) {
-            part.collect().map_err(|why| Error::Snapshot { directory: self.draft.directory().to_owned(), why })?;
+            part.collect()
+                .map_err(|why| Error::Snapshot { directory: self.draft.directory().to_owned(), why })?;
         }
         Ok(self.fds().is_empty())
     }

@@ -138,8 +138,7 @@ impl Draft {
     /// # Errors
     /// When they cannot be written.
     pub fn write(&self, mut snapshot: Snapshot, guest: &GuestMemory, base: &[Extent]) -> io::Result<u64> {
-        let create =
-            |name| File::options().write(true).create_new(true).mode(0o600).open(self.path(name));
+        let create = |name| File::options().write(true).create_new(true).mode(0o600).open(self.path(name));
         let memory = create(MEMORY)?;
         snapshot.extents = memory::write(guest, base, &memory, &snapshot.identity)?;
         let bytes = snapshot.extents.iter().map(|extent| extent.length).sum();
@@ -272,8 +271,7 @@ pub(crate) mod tests {
         let place = tempfile::tempdir().unwrap();
         let guest = create(1 << 20, Backing::Private).unwrap();
         let good = place.path().join("good");
-        let make =
-            |directory: &Path| write(directory, snapshot(1 << 20, Vec::new()), &guest).unwrap();
+        let make = |directory: &Path| write(directory, snapshot(1 << 20, Vec::new()), &guest).unwrap();
         make(&good);
         let why = |directory: &Path| {
             let error = Opened::open(directory).unwrap_err();

@@ -103,6 +103,11 @@ impl Cgroup {
         self.write("cgroup.freeze", if frozen { "1" } else { "0" })
     }
 
+    /// Whether all processes of the group and below stand still.
+    pub fn is_frozen(&self) -> bool {
+        self.read("cgroup.events").lines().any(|line| line == "frozen 1")
+    }
+
     /// Kills every process of the group, frozen or not.
     ///
     /// # Errors

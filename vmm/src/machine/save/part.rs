@@ -128,7 +128,8 @@ impl Part {
                     libc::kill(*child, libc::SIGKILL);
                     while libc::waitpid(*child, std::ptr::null_mut(), 0) < 0
                         && io::Error::last_os_error().kind() == io::ErrorKind::Interrupted
-                    {}
+                    {
+                    }
                 }
             }
             Worker::Thread { handle, give_up, disk } => {

@@ -16,8 +16,8 @@ pub use state::TransportState;
 
 use super::interrupt::Interrupt;
 use super::{Activation, GuestError, Progress, VirtioDevice};
-use crate::devices::virtio::block::disk::Disk;
 use crate::bus::BusDevice;
+use crate::devices::virtio::block::disk::Disk;
 use crate::memory::GuestMemory;
 use crate::sync::lock;
 

@@ -81,6 +81,7 @@ impl VirtioDevice for Vsock {
     /// The streams that the guest knows ended with the machine it was.
     fn restored(&mut self) {
         self.handler.announce_reset();
+        self.handler.muxer.forget_ports();
     }
 
     fn reset(&mut self) {

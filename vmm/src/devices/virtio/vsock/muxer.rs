@@ -2,7 +2,8 @@
 //! come and go without the event loop knowing.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -18,6 +19,7 @@ use super::packet::Header;
 use super::stream::close_cleanly;
 use crate::devices::virtio::Progress;
 use crate::listen::Listener;
+use crate::timeline::now_ns;
 
 /// The host's context id.
 const HOST_CID: u64 = 2;
@@ -95,6 +97,16 @@ impl Muxer {
     /// Readable when something happened on the host's side.
     pub fn fd(&self) -> RawFd {
         self.epoll.as_raw_fd()
+    }
+
+    /// The guest goes on from a snapshot, and may still hold streams of the machine that it was part of: until its programs have
+    /// let go of those, a new one with the same ports would be taken for an old one. So port numbers begin somewhere else.
+    pub fn forget_ports(&mut self) {
+        let mut random = [0; 4];
+        // Without randomness, the time tells one machine from an earlier one as well.
+        let read = File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut random));
+        let number = read.map_or_else(|_| now_ns() as u32, |()| u32::from_ne_bytes(random));
+        self.next_port = FIRST_HOST_PORT + number / 2;
     }
 
     /// The guest's driver has gone: all streams end. What the host has not taken yet is lost.

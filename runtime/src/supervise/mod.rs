@@ -4,32 +4,32 @@
 //! writes the log, and leaves the record telling the truth. It is a fork of the `bulkhead run` that made it, so the
 //! caller's standard streams are its own until the caller detaches or goes away.
 
+mod boot;
+mod restore;
+
+pub(crate) use restore::Copy;
+
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use bulkhead_protocol::agent::{
-    ConfigureRequest, ContainerRequest, CreateContainerRequest, CreateContainerResponse, Empty, Filesystem,
-    ProcessRequest, ResizeTerminalRequest, Rootfs, ShutdownRequest, SignalProcessRequest, Stdio,
-    WaitProcessResponse,
+    Empty, ProcessRequest, ResizeTerminalRequest, ShutdownRequest, SignalProcessRequest, WaitProcessResponse,
 };
 use bulkhead_protocol::client::CallError;
 use bulkhead_protocol::wire::Code;
 use rustix::event::{PollFd, PollFlags, poll};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use vmm::config::DiskConfig;
 
-use crate::guest::{self, Agent, Guest};
-use crate::monitor::{Links, Monitor, Shape};
-use crate::network::{self, Network, NetworkWish, Passt};
-use crate::options::RunOptions;
-use crate::relay::{Ends, Relay, Streams};
-use crate::shares::{Lifetime, Server, Shares};
+use crate::guest::{Agent, Guest};
+use crate::monitor::Monitor;
+use crate::network::Network;
+use crate::relay::{Ends, Relay};
+use crate::shares::{Server, Shares};
 use crate::state::{Exit, Files, Record, Status, now_ns, release, remove_files};
-use crate::template::{self, Wanted};
-use crate::{Artefacts, Context, Error, Layout, Result, Settings, logs, scratch, shares, trace};
+use crate::{Artefacts, Context, Error, Layout, Result, trace};
 
 /// Said by the caller of `run` to the supervisor.
 #[derive(Debug, Serialize, Deserialize)]
@@ -110,6 +110,8 @@ pub(crate) struct Plan {
     pub caller: Wire,
     /// What of the host the container is to see.
     pub shares: Option<Shares>,
+    /// The machine is a copy of another, and the container in it.
+    pub copy: Option<Copy>,
 }
 
 /// A supervisor at work.
@@ -172,8 +174,13 @@ impl Supervisor {
     /// From a guest that is up to the container's end.
     fn work(&mut self, monitor: &mut Monitor) -> Result<(Agent, Relay, Exit)> {
         let mut agent = self.guest.agent()?;
-        self.configure(&mut agent)?;
-        let relay = self.start_container(&mut agent)?;
+        let relay = match self.plan.copy.take() {
+            Some(copy) => self.go_on(&mut agent, &copy)?,
+            None => {
+                self.configure(&mut agent)?;
+                self.start_container(&mut agent)?
+            }
+        };
         trace::mark("container started");
         self.plan.record.status = Status::Running;
         self.plan.record.started_ns = now_ns();
@@ -186,132 +193,9 @@ impl Supervisor {
         Ok((agent, relay, exit))
     }
 
-    fn boot(&mut self) -> Result<Monitor> {
-        let shares = self.plan.shares.take();
-        let Plan { layout, files, record, .. } = &self.plan;
-        let mut disks = vec![DiskConfig {
-            id: "layers".into(),
-            read_only: true,
-            layers: self.plan.layers.clone(),
-            ..DiskConfig::default()
-        }];
-        let storage = record.options.storage.unwrap_or(self.plan.artefacts.settings.run.storage.0);
-        if storage > 0 {
-            scratch::create(layout, &files.scratch(), storage)?;
-            trace::mark("scratch disk made");
-            disks.push(DiskConfig {
-                id: "scratch".into(),
-                read_only: false,
-                path: Some(files.scratch()),
-                ..DiskConfig::default()
-            });
-        }
-        if let Some(shares) = shares {
-            let path = files.shares_log();
-            let log = File::create(&path).context(|| format!("cannot create {}", path.display()))?;
-            self.server = Some(shares.start(Lifetime::Parent, &log)?);
-            trace::mark("virtiofsd spawned");
-        }
-        let settings = &self.plan.artefacts.settings;
-        let shape = Shape::new(record.options.memory, record.options.milli_cpus, &settings.machine);
-        let links = links(record, settings)?;
-        if record.options.network.is_some() {
-            trace::mark("network joined");
-        }
-        let wanted =
-            Wanted { shape: &shape, disks: &disks, shares: self.server.is_some(), networks: links.kinds() };
-        let caller = &self.plan.caller;
-        let mut attended = true;
-        let mut given_up = || match caller.receive::<Ask>() {
-            Some(Ask::Signal(signal)) => ends_a_program(signal),
-            Some(Ask::Resize { .. }) => false,
-            // A caller that is gone before the container runs takes it along, as with docker.
-            None => {
-                attended = false;
-                true
-            }
-        };
-        let template = if record.options.no_template {
-            None
-        } else {
-            template::get(layout, &self.plan.artefacts, &wanted, &caller.0, &mut given_up)?
-        };
-        let mut monitor = Monitor::start(
-            &self.plan.artefacts,
-            files,
-            &shape,
-            disks,
-            self.server.as_mut(),
-            &links,
-            template.as_ref(),
-        )?;
-        // The monitor has the descriptors now, and the taps are to end with it alone.
-        drop(links.fds);
-        self.network = links.network;
-        trace::mark("monitor spawned");
-        self.plan.record.monitor_pid = monitor.pid();
-        self.plan.record.save(&self.plan.files)?;
-        monitor.wait_ready(&caller.0, &mut given_up)?;
-        self.attended = attended;
-        Ok(monitor)
-    }
-
-    fn configure(&mut self, agent: &mut Agent) -> Result<()> {
-        let request = ConfigureRequest {
-            hostname: self.plan.hostname.clone(),
-            shares: self.server.iter().map(|_| shares::TAG.to_owned()).collect(),
-            network: self.plan.record.options.network.is_some().then(|| self.network.to_message()),
-            ..ConfigureRequest::default()
-        };
-        let info = guest::configure(agent, request)?;
-        self.plan.record.kernel = info.kernel_release.chars().filter(|c| !c.is_control()).take(64).collect();
-        Ok(())
-    }
-
-    fn start_container(&mut self, agent: &mut Agent) -> Result<Relay> {
-        let Plan { record, layers, spec, files, ends, hostname, artefacts, .. } = &mut self.plan;
-        let options = &record.options;
-        let storage = options.storage.unwrap_or(artefacts.settings.run.storage.0);
-        let writable = if storage > 0 {
-            Filesystem { fstype: "ext4".into(), source: "/dev/vdb".into(), options: Vec::new() }
-        } else {
-            Filesystem { fstype: "tmpfs".into(), source: "tmpfs".into(), options: Vec::new() }
-        };
-        let erofs = |number| Filesystem {
-            fstype: "erofs".into(),
-            source: format!("/dev/vda{number}"),
-            options: vec!["ro".into()],
-        };
-        let stdio = Stdio { stdin: options.interactive, stdout: true, stderr: !options.tty };
-        let request = CreateContainerRequest {
-            id: record.id.clone(),
-            spec: spec.to_string(),
-            rootfs: Some(Rootfs {
-                layers: (1..=layers.len()).map(erofs).collect(),
-                writable: Some(writable),
-                ..Rootfs::default()
-            }),
-            stdio: Some(stdio),
-            files: etc(hostname, options, &self.network)
-                .into_iter()
-                .filter(|file| !options.covers(&file.path))
-                .collect(),
-            pause: false,
-        };
-        let _: CreateContainerResponse = agent.call("CreateContainer", &request).map_err(cannot_start)?;
-        trace::mark("container created");
-        let streams = Streams::connect(&self.guest, &record.id, "", &stdio, options.tty)?;
-        trace::mark("streams connected");
-        let ends = Ends { log: Some(logs::Writer::create(&files.log())?), ..std::mem::take(ends) };
-        let start = ContainerRequest { container: record.id.clone() };
-        let relay = Relay::start(streams, ends)?;
-        let _: Empty = agent.call("StartContainer", &start).map_err(cannot_start)?;
-        Ok(relay)
-    }
-
     /// Until the container's init has ended: passes on what the caller asks for.
     fn attend(&mut self, monitor: &mut Monitor, relay: &Relay) -> Result<Exit> {
-        let id = self.plan.record.id.clone();
+        let id = self.plan.record.in_guest().to_owned();
         let mut waiting = self.guest.agent()?;
         let request = ProcessRequest { container: id, exec: String::new(), bound: false };
         let call =
@@ -376,7 +260,7 @@ impl Supervisor {
 
     /// A request of the caller's that fails is no reason to end the container.
     fn pass_on(&self, ask: &Ask) {
-        let container = self.plan.record.id.clone();
+        let container = self.plan.record.in_guest().to_owned();
         let Ok(mut agent) = self.guest.agent() else { return };
         let _: Result<Empty, _> = match *ask {
             Ask::Signal(signal) => agent.call(
@@ -434,46 +318,6 @@ impl Supervisor {
         let _ = self.plan.caller.send(&tell);
         code
     }
-}
-
-/// Joins the network that was wished for.
-fn links(record: &Record, settings: &Settings) -> Result<Links> {
-    match &record.options.network {
-        NetworkWish::None => Ok(Links::default()),
-        NetworkWish::Namespace(namespace) => {
-            let attachment = network::attach(namespace, &record.id)?;
-            Ok(Links { network: attachment.network, fds: attachment.taps, ..Links::default() })
-        }
-        NetworkWish::Passt => {
-            let passt = Passt::start(&record.options.publish, &settings.programs.passt)?;
-            Ok(Links { network: passt.network, fds: vec![passt.socket], ..Links::default() })
-        }
-    }
-}
-
-/// The files in `/etc` that every container gets; a name server only where there is a network to ask it by.
-fn etc(hostname: &str, options: &RunOptions, network: &Network) -> Vec<bulkhead_protocol::agent::File> {
-    let file = |path: &str, content: String| bulkhead_protocol::agent::File {
-        path: path.into(),
-        mode: 0o644,
-        content: content.into_bytes(),
-    };
-    let mut files = vec![
-        file("/etc/hostname", format!("{hostname}\n")),
-        file("/etc/hosts", network::hosts(hostname, network)),
-    ];
-    let servers = match options.network {
-        NetworkWish::Passt if options.dns.is_empty() => Passt::name_servers(),
-        _ => options.dns.clone(),
-    };
-    let namespace = match &options.network {
-        NetworkWish::Namespace(namespace) => Some(namespace),
-        _ => None,
-    };
-    if options.network.is_some() || !servers.is_empty() {
-        files.push(file("/etc/resolv.conf", network::resolv_conf(&servers, namespace)));
-    }
-    files
 }
 
 /// Whether a signal would end an ordinary program: then it ends a start that is under way.

@@ -1,0 +1,102 @@
+//! Makes copies of a container that runs.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use bulkhead_image::Store;
+use rustix::fs::{FlockOperation, flock};
+
+use super::{Summary, Wishes, restore, take};
+use crate::launch::Launched;
+use crate::state::{Record, private_dir};
+use crate::{Context, Error, Layout, Result, Settings, names};
+
+/// What became of a fork.
+#[derive(Debug)]
+pub struct Forked {
+    /// What the snapshot in between cost.
+    pub summary: Summary,
+    /// The copies' ids, and why there are no more when there are fewer than asked for.
+    pub copies: Vec<Result<String>>,
+}
+
+/// Makes `count` copies of a running container, each in a machine of its own, which go on from the same moment in the background.
+/// With a `name` they are called NAME-1, NAME-2, …, or NAME when there is one. Ports are not published for them.
+///
+/// Must be called before the process has made a thread: each supervisor is a fork of it.
+///
+/// # Errors
+/// As [`take`]. What befalls one of the copies is in the answer.
+pub fn fork(
+    layout: &Layout,
+    store: &Store,
+    record: &Record,
+    count: u32,
+    wishes: &Wishes,
+    settings: &Settings,
+) -> Result<Forked> {
+    let place = Place::make(layout)?;
+    let directory = place.path.join("snapshot");
+    let summary = take(layout, record, &directory, false)?;
+    let mut copies = Vec::new();
+    for number in 1..=count {
+        let name = wishes.name.as_ref().map(|name| match count {
+            1 => name.clone(),
+            _ => format!("{name}-{number}"),
+        });
+        let publish = Some(wishes.publish.clone().unwrap_or_default());
+        let wishes = Wishes { detach: true, name, publish, ..wishes.clone() };
+        let copy = match restore(layout, store, &directory, &wishes, settings) {
+            Ok(Launched::Detached { id }) => Ok(id),
+            Ok(Launched::Exited { error, .. }) => Err(Error::Monitor(error)),
+            Err(error) => Err(error),
+        };
+        let failed = copy.is_err();
+        copies.push(copy);
+        if failed {
+            break;
+        }
+    }
+    Ok(Forked { summary, copies })
+}
+
+/// Where the snapshot is until its copies run: they have what they need of it open then.
+struct Place {
+    path: PathBuf,
+    /// Held for as long as it is used.
+    _lock: File,
+}
+
+impl Place {
+    fn make(layout: &Layout) -> Result<Self> {
+        let home = layout.data.join("forks");
+        private_dir(&home)?;
+        sweep(&home);
+        let mut name = [0; 8];
+        names::random(&mut name)?;
+        let path = home.join(name.map(|byte| format!("{byte:02x}")).concat());
+        let what = || format!("cannot make {}", path.display());
+        private_dir(&path)?;
+        let lock = File::create_new(path.join("lock")).context(what)?;
+        flock(&lock, FlockOperation::NonBlockingLockExclusive).context(what)?;
+        Ok(Self { path, _lock: lock })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.path);
+    }
+}
+
+/// Removes what forks that were killed have left.
+fn sweep(home: &Path) {
+    let Ok(entries) = fs::read_dir(home) else { return };
+    for entry in entries.flatten() {
+        let used = File::open(entry.path().join("lock"))
+            .is_ok_and(|lock| flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err());
+        if !used {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}
