@@ -19,8 +19,9 @@ use crate::timeline::now_ns;
 
 /// Most clients at a time.
 const MAX_CLIENTS: usize = 32;
-/// Longest request: an id and a method.
-const MAX_REQUEST: usize = 4096;
+/// Longest request: a disk of 128 layers with long paths. It is read in pieces.
+const MAX_REQUEST: usize = 128 << 10;
+const PIECE: usize = 4096;
 /// Bytes of console output in a status.
 const STATUS_TAIL: usize = 4096;
 
@@ -92,8 +93,8 @@ impl Service {
     }
 
     /// Answers what a client asks. False when it is gone, or does not behave.
-    fn talk(&self, client: &mut Client) -> bool {
-        let mut chunk = [0; MAX_REQUEST];
+    fn talk(&mut self, client: &mut Client) -> bool {
+        let mut chunk = [0; PIECE];
         match client.stream.read(&mut chunk) {
             Ok(0) => return false,
             Ok(length) => client.partial.extend(chunk.get(..length).unwrap_or_default()),
@@ -111,7 +112,7 @@ impl Service {
         client.partial.len() < MAX_REQUEST
     }
 
-    fn answer(&self, line: &[u8]) -> Answer {
+    fn answer(&mut self, line: &[u8]) -> Answer {
         match serde_json::from_slice::<Request>(line) {
             Ok(request) => match self.perform(request.method) {
                 Ok(result) => Answer { id: request.id, result: Some(result), error: None },
@@ -127,7 +128,7 @@ impl Service {
         }
     }
 
-    fn perform(&self, method: Method) -> std::result::Result<Value, String> {
+    fn perform(&mut self, method: Method) -> std::result::Result<Value, String> {
         let Running { devices, vcpus, exit, timeline, .. } = &self.machine;
         match method {
             Method::Status => serde_json::to_value(self.status()).map_err(|error| error.to_string()),
@@ -142,6 +143,13 @@ impl Service {
                 Ok(taken) => serde_json::to_value(taken).map_err(|error| error.to_string()),
                 Err(error) => Err(chain(&error)),
             },
+            Method::InsertDisk(wish) => match self.machine.insert_disk(wish) {
+                Ok(inserted) => serde_json::to_value(inserted).map_err(|error| error.to_string()),
+                Err(error) => Err(chain(&error)),
+            },
+            Method::EjectDisk(wish) => {
+                self.machine.eject_disk(&wish).map(|()| json!({})).map_err(|error| chain(&error))
+            }
             Method::Quit => {
                 exit.request(Outcome::Quit);
                 Ok(json!({}))
@@ -160,6 +168,7 @@ impl Service {
             console_tail: devices.console().tail(STATUS_TAIL),
             machine: config.machine.clone(),
             disks: config.disks.iter().map(|disk| disk.id.clone()).collect(),
+            empty_drives: config.disks.iter().filter(|disk| disk.removable && disk.empty).count(),
         }
     }
 }

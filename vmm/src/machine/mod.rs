@@ -1,6 +1,7 @@
 //! The recipe: how a microVM is made, runs and ends. Read [`Machine::build`] top to bottom.
 
 mod devices;
+mod drives;
 mod save;
 
 use std::os::fd::{FromRawFd, IntoRawFd, RawFd};
@@ -27,6 +28,7 @@ use crate::timeline::Timeline;
 use crate::vcpu::{Vcpu, Vcpus};
 pub use devices::Devices;
 use devices::{inherited, open_disk};
+pub use drives::Inserted;
 pub use save::Taken;
 
 /// A vCPU, and what it was told that it is.

@@ -23,6 +23,7 @@ use virtio_queue::{Queue, QueueState};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::GuestMemory;
+use block::disk::Disk;
 use interrupt::Interrupt;
 
 /// Feature bit: the device follows version 1 of the standard.
@@ -130,6 +131,13 @@ pub trait VirtioDevice: Send {
     /// # Errors
     /// As [`Self::queue_event`].
     fn host_event(&mut self, _fd: RawFd) -> Result<Progress, GuestError> {
+        Ok(Progress::Done)
+    }
+    /// Changes what is in a drive: another disk, or none. Only drives are asked to.
+    ///
+    /// # Errors
+    /// As [`Self::queue_event`]. The disk is changed all the same.
+    fn change_disk(&mut self, _disk: Option<Disk>) -> Result<Progress, GuestError> {
         Ok(Progress::Done)
     }
     /// The machine ends: hands on, within bounded time, what the guest has given it already.
