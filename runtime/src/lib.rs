@@ -10,6 +10,7 @@
 pub mod binds;
 pub mod copy;
 pub mod doctor;
+pub mod drives;
 mod error;
 pub mod exec;
 pub mod guest;

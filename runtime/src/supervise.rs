@@ -297,6 +297,7 @@ impl Supervisor {
                 .filter(|file| !options.covers(&file.path))
                 .collect(),
             pause: false,
+            disks: Vec::new(),
         };
         let _: CreateContainerResponse = agent.call("CreateContainer", &request).map_err(cannot_start)?;
         trace::mark("container created");

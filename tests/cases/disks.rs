@@ -37,21 +37,41 @@ pub fn roots_on_disks(host: &Host) -> Result<()> {
     ensure!(host.run(["pgrep", "virtiofsd"])?.status == 1, "there is a file server");
     let mounts = fs::read_to_string("/proc/self/mountinfo")?;
     ensure!(!mounts.contains("/disks/disk/rootfs"), "the host has mounted it:\n{mounts}");
-    // Which leaves no way for others to bring theirs.
-    let join = |id: &str| -> Result<Finished> {
-        let state = ["bulkhead-oci", "--root", "/run/containerd/bulkhead/states/disks", "state", id];
-        let state: serde_json::Value = serde_json::from_str(&host.run(state)?.ok()?.stdout())?;
-        let network = format!("network:/proc/{}/ns/net", state["pid"]);
-        let script = ["sh", "-c", "echo joined; grep ' / ' /proc/mounts"];
+    // Others bring disks of their own, which go again with them: more than there are drives.
+    let join = |id: &str, flags: &[&str], script: &str| -> Result<Finished> {
+        let network = format!("network:/proc/{}/ns/net", pid_of(host, id)?);
         let joins = ["run", "--rm", "--runtime", "io.containerd.bulkhead.v2", "--snapshotter", "blockfile"];
-        ctr(&[&joins[..], &["--with-ns", &network, IMAGE, "other"], &script].concat())
+        let more = ["--with-ns", &network, IMAGE, "other", "sh", "-c", script];
+        ctr(&[&joins[..], flags, &more].concat())
     };
-    join("disk")?.failed()?.stderr_has("no file server for others")?;
-    ctr(&["containers", "rm", "other"])?;
-    // With one the disk of who joins is mounted on the host, for as long as it lives.
+    let script =
+        "grep ' / ' /proc/mounts; test -e /file || echo alone; echo $$ >/file; ls /sys/block | grep -c vd";
+    for _ in 0..6 {
+        let joined = join("disk", &[], script)?.ok()?;
+        joined.stdout_has("/dev/vdb / ext4 rw")?.stdout_has("alone\n5\n")?;
+    }
+    // Two at a time, each on its own.
+    let network = format!("network:/proc/{}/ns/net", pid_of(host, "disk")?);
+    ctr(&[&run[..], &["--with-ns", &network, IMAGE, "second", "sleep", "1000"]].concat())?.ok()?;
+    join("disk", &[], script)?.ok()?.stdout_has("/dev/vdc / ext4 rw")?;
+    // One that is killed leaves its drive to the next.
+    ctr(&["task", "rm", "-f", "second"])?;
+    ctr(&["containers", "rm", "second"])?.ok()?;
+    join("disk", &[], script)?.ok()?.stdout_has("/dev/vdb / ext4 rw")?;
+    ctr(&[&exec[..], &["cat /file"]].concat())?.ok()?.stdout_is("kept\n")?;
+    ensure!(host.run(["pgrep", "virtiofsd"])?.status == 1, "there is a file server");
+    // What is no disk needs one, and there is none.
     let bind = format!("type=bind,src={},dst=/dir,options=rbind:rw", host.work().display());
-    ctr(&[&run[..], &["--mount", &bind, IMAGE, "first", "sleep", "1000"]].concat())?.ok()?;
-    join("first")?.ok()?.stdout_has("joined\n")?.stdout_has("virtiofs")?;
+    join("disk", &["--mount", &bind], script)?.failed()?.stderr_has("no file server for others")?;
+    ctr(&["containers", "rm", "other"])?;
+    // With one the disk of who joins is mounted on the host when there is no drive for it, for as long as it lives.
+    let settings = "/etc/bulkhead/config.toml";
+    fs::create_dir_all("/etc/bulkhead")?;
+    fs::write(settings, "[machine]\nspare_drives = 0\n")?;
+    let first = ctr(&[&run[..], &["--mount", &bind, IMAGE, "first", "sleep", "1000"]].concat());
+    fs::remove_file(settings)?;
+    first?.ok()?;
+    join("first", &[], script)?.ok()?.stdout_has("virtiofs")?.stdout_has("alone\n1\n")?;
     let mounts = fs::read_to_string("/proc/self/mountinfo")?;
     ensure!(!mounts.contains("/disks/"), "it is still mounted:\n{mounts}");
     ctr(&["task", "rm", "-f", "first"])?;
@@ -68,6 +88,13 @@ pub fn roots_on_disks(host: &Host) -> Result<()> {
     ctr(&["task", "rm", "-f", "disk"])?;
     ctr(&["containers", "rm", "disk"])?.ok()?;
     a_device_is_the_guests_alone(host)
+}
+
+/// The process that stands for a container.
+fn pid_of(host: &Host, id: &str) -> Result<i64> {
+    let state = ["bulkhead-oci", "--root", "/run/containerd/bulkhead/states/disks", "state", id];
+    let state: serde_json::Value = serde_json::from_str(&host.run(state)?.ok()?.stdout())?;
+    state["pid"].as_i64().context("it has no pid")
 }
 
 /// As devmapper gives it: a block device.

@@ -60,7 +60,7 @@ fn of(path: impl Into<PathBuf>) -> InsertRequest {
 }
 
 fn eject(client: &mut Client, drive: &str, retire: bool) -> Result<(), String> {
-    let wish = EjectRequest { drive: drive.into(), retire };
+    let wish = EjectRequest { drive: drive.into(), insertion: None, retire };
     client.call(Method::EjectDisk(wish)).map(drop).map_err(|error| error.to_string())
 }
 
@@ -72,7 +72,7 @@ fn a_guest_that_runs_gets_a_disk() {
     let place = Place::new();
     let (mut child, mut client) = start(&place, &looks_into_a_drive());
     let first = insert(&mut client, of(disk(&place, "first", 7))).unwrap();
-    assert_eq!(first, Inserted { drive: "one".into(), number: 1, bytes: 7 * 512 });
+    assert_eq!((first.drive.as_str(), first.number, first.bytes), ("one", 1, 7 * 512));
     assert!(child.try_wait().unwrap().is_none());
     let second = insert(&mut client, of(disk(&place, "second", 42))).unwrap();
     assert_eq!((second.drive.as_str(), second.number), ("two", 2));
@@ -121,7 +121,15 @@ fn what_cannot_be_put_in_is_told_of_and_changes_nothing() {
 
     // A drive that is free again is used again, unless it must not be.
     eject(&mut client, "one", false).unwrap();
-    assert_eq!(insert(&mut client, read_only()).unwrap().drive, "one");
+    let again = insert(&mut client, read_only()).unwrap();
+    assert_eq!(again.drive, "one");
+    // Who is late does not take out what came after.
+    let late = EjectRequest { drive: "one".into(), insertion: Some(again.insertion - 1), retire: false };
+    let error = client.call(Method::EjectDisk(late.clone())).unwrap_err().to_string();
+    assert!(error.contains("another disk"), "{error}");
+    let own = EjectRequest { insertion: Some(again.insertion), ..late };
+    client.call(Method::EjectDisk(own)).unwrap();
+    insert(&mut client, read_only()).unwrap();
     eject(&mut client, "one", true).unwrap();
     assert_eq!(client.status().unwrap().empty_drives, 0);
     assert!(insert(&mut client, read_only()).is_err() && eject(&mut client, "one", false).is_err());

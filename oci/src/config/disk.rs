@@ -16,8 +16,6 @@ use super::usage;
 
 /// File systems that the guest's kernel has.
 const KINDS: [&str; 2] = ["ext4", "erofs"];
-/// The first disk of a machine.
-const IN_GUEST: &str = "/dev/vda";
 
 /// What `--root-disk` says, in containerd's words for a mount.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -71,13 +69,13 @@ impl RootDisk {
         }
     }
 
-    /// For the agent.
-    pub fn in_guest(&self) -> Filesystem {
+    /// For the agent; `device` is the disk's name in the guest.
+    pub fn in_guest(&self, device: &str) -> Filesystem {
         // How the host comes by a device is nothing to the guest.
         let options = self.options.iter().filter(|option| !matches!(option.as_str(), "loop" | "rw" | "ro"));
         let mut options: Vec<_> = options.cloned().collect();
         options.extend(self.read_only().then(|| "ro".to_owned()));
-        Filesystem { fstype: self.kind.clone(), source: IN_GUEST.into(), options }
+        Filesystem { fstype: self.kind.clone(), source: device.into(), options }
     }
 
     /// Takes the disk for the machine alone: two kernels that write to one file system destroy it. The host's kernel refuses
@@ -111,7 +109,7 @@ impl RootDisk {
         Ok(file)
     }
 
-    /// Mounts it on the host, for a container whose machine is there already.
+    /// Mounts it on the host, for a container that joins a machine which has no drive left.
     ///
     /// # Errors
     /// mount(8)'s.
@@ -150,9 +148,10 @@ mod tests {
         };
         let disk = parse("ext4", &path, r#""rw","loop","discard""#).unwrap();
         assert_eq!((disk.config().read_only, disk.config().path), (false, Some(image.clone())));
-        assert_eq!(disk.in_guest().options, ["discard"]);
+        assert_eq!(disk.in_guest("/dev/vdb").options, ["discard"]);
+        assert_eq!(disk.in_guest("/dev/vdb").source, "/dev/vdb");
         let layer = parse("erofs", &path, "").unwrap();
-        assert!(layer.config().read_only && layer.in_guest().options == ["ro"]);
+        assert!(layer.config().read_only && layer.in_guest("/dev/vda").options == ["ro"]);
         for (bad, word) in [
             (parse("xfs", &path, ""), "xfs"),
             (parse("ext4", "image", ""), "absolute"),

@@ -67,6 +67,9 @@ pub struct Machine {
     /// Whether machines start from templates.
     #[serde(deserialize_with = "value::switch")]
     pub templates: bool,
+    /// Empty drives of a pod's machine, for the disks of containers that join it.
+    #[serde(deserialize_with = "value::drives")]
+    pub spare_drives: u8,
 }
 
 /// `[run]`
@@ -148,6 +151,7 @@ impl Default for Machine {
             kernel_parameters: String::new(),
             boot_timeout: 60,
             templates: true,
+            spare_drives: 4,
         }
     }
 }

@@ -35,6 +35,7 @@ fn what_makes_no_sense_is_told_with_line_and_key() {
         ("[machine]\nvcpus = -1\n", 2, ["vcpus = -1", "1 to 32"]),
         ("[machine]\nkernel = \"vmlinux\"", 2, ["kernel", "absolute"]),
         ("[machine]\nkernel_parameters = \"\\n\"", 2, ["kernel_parameters", "printable"]),
+        ("[machine]\nspare_drives = 9", 2, ["spare_drives", "0 to 8"]),
         ("[machine]\nboot_timeout = 0", 2, ["boot_timeout", "1 to 3600"]),
         ("[run]\nstorage = \"1k\"", 2, ["storage", "4m to 16t"]),
         ("[run]\nnetwork = \"host\"", 2, ["network", "passt"]),

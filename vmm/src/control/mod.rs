@@ -88,6 +88,9 @@ pub struct InsertRequest {
 pub struct EjectRequest {
     /// Name of the drive, as [`Inserted`] had it.
     pub drive: String,
+    /// The disk's own number, as [`Inserted`] had it: nothing happens to another one. Absent: whatever is in it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub insertion: Option<u64>,
     /// Whether the drive stays empty from now on: for one whose guest has not let go of the disk, and may still hold back
     /// writes to it, which the next disk must not get.
     #[serde(default)]

@@ -14,6 +14,7 @@ use super::devices::open_disk;
 use crate::config::DiskConfig;
 use crate::control::{EjectRequest, InsertRequest};
 use crate::error::{Error, Result};
+use crate::timeline::now_ns;
 
 /// Where a disk is now.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,6 +25,8 @@ pub struct Inserted {
     pub number: usize,
     /// The disk's size in bytes, by which the guest can tell that it sees this one.
     pub bytes: u64,
+    /// A number that no other disk gets which is put into a drive on this host before its next boot.
+    pub insertion: u64,
 }
 
 impl Running {
@@ -51,7 +54,9 @@ impl Running {
         disk.check()?;
         self.check_alone(&disk)?;
         let content = open_disk(&disk)?;
-        let inserted = Inserted { drive: disk.id.clone(), number, bytes: content.length() };
+        let inserted =
+            Inserted { drive: disk.id.clone(), number, bytes: content.length(), insertion: now_ns() };
+        self.insertions.insert(number, inserted.insertion);
         self.devices.change_disk(number, Some(content));
         if let Some(drive) = self.config.disks.get_mut(number) {
             *drive = disk;
@@ -62,7 +67,7 @@ impl Running {
     /// Takes the disk out of a removable drive. What the guest still asks of it fails.
     ///
     /// # Errors
-    /// There is no such drive, or none that is removable, or nothing is in it.
+    /// There is no such drive, or none that is removable, or nothing is in it, or another disk than was meant.
     pub fn eject_disk(&mut self, wish: &EjectRequest) -> Result<()> {
         let found = self.config.disks.iter_mut().zip(0..).find(|(disk, _)| disk.id == wish.drive);
         let (disk, number) =
@@ -73,6 +78,11 @@ impl Running {
         if disk.empty {
             return Err(Error::Drive(format!("drive {:?} is empty already", wish.drive)));
         }
+        let current = self.insertions.get(&number).copied();
+        if wish.insertion.is_some() && wish.insertion != current {
+            return Err(Error::Drive(format!("another disk is in drive {:?} by now", wish.drive)));
+        }
+        self.insertions.remove(&number);
         let id = disk.id.clone();
         *disk = DiskConfig { id, empty: true, removable: !wish.retire, ..DiskConfig::default() };
         self.devices.change_disk(number, None);

@@ -4,6 +4,7 @@ mod devices;
 mod drives;
 mod save;
 
+use std::collections::BTreeMap;
 use std::os::fd::{FromRawFd, IntoRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::panic::resume_unwind;
@@ -199,6 +200,7 @@ impl Machine {
                 timeline: Arc::clone(&timeline),
                 memory,
                 base,
+                insertions: BTreeMap::new(),
                 kvm,
                 vm,
             };
@@ -256,6 +258,8 @@ pub struct Running {
     pub memory: Arc<GuestMemory>,
     /// What of it was mapped from a snapshot.
     pub base: Vec<Extent>,
+    /// The disks that were put into drives, by the drive's number.
+    insertions: BTreeMap<usize, u64>,
     kvm: Kvm,
     vm: VmFd,
 }
