@@ -23,7 +23,7 @@ pub mod null;
 pub mod options;
 mod paths;
 pub mod relay;
-mod scratch;
+pub mod scratch;
 pub mod settings;
 pub mod shares;
 mod spec;

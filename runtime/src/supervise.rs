@@ -197,7 +197,7 @@ impl Supervisor {
         }];
         let storage = record.options.storage.unwrap_or(self.plan.artefacts.settings.run.storage.0);
         if storage > 0 {
-            scratch::create(layout, &files.scratch(), storage)?;
+            scratch::create(layout, &files.scratch(), storage, scratch::Kind::Once)?;
             trace::mark("scratch disk made");
             disks.push(DiskConfig {
                 id: "scratch".into(),

@@ -13,6 +13,7 @@ use serde_json::Value;
 
 use bulkhead_runtime::Settings;
 
+use crate::layers;
 use crate::mounts::{self, Mount};
 use crate::reap::Reaper;
 use crate::stdio::{Names, Open, Prepared};
@@ -43,6 +44,8 @@ pub struct Oci {
     root: PathBuf,
     /// Sockets for terminals: their paths must be short.
     consoles: PathBuf,
+    /// Layers that are EROFS files become disks.
+    erofs_disks: bool,
     reaper: Arc<Reaper>,
     bundles: Mutex<HashMap<String, Known>>,
 }
@@ -79,7 +82,8 @@ impl Oci {
                 .with_context(|| format!("create {}", dir.display()))?;
         }
         let namespace = namespace.to_owned();
-        Ok(Self { program, namespace, root, consoles, reaper, bundles: Mutex::default() })
+        let erofs_disks = settings.machine.erofs_disks;
+        Ok(Self { program, namespace, root, consoles, erofs_disks, reaper, bundles: Mutex::default() })
     }
 
     fn known(&self, id: &str) -> Result<Known> {
@@ -190,6 +194,7 @@ impl Backend for Oci {
         let bundle = create.bundle.display().to_string();
         let mut words = vec!["create", "--bundle", &bundle];
         let disk = mounts::as_disk(&create.more.rootfs);
+        let disk = disk.or_else(|| self.erofs_disks.then(|| layers::as_disk(&create.more.rootfs)).flatten());
         match &disk {
             Some(disk) => {
                 fs::create_dir_all(&rootfs).with_context(|| format!("create {}", rootfs.display()))?;

@@ -2,6 +2,8 @@
 
 mod check;
 mod disk;
+mod layers;
+mod root;
 mod take;
 mod vm;
 mod volume;
@@ -19,7 +21,7 @@ use bulkhead_runtime::shares::Access;
 use bulkhead_runtime::{Context, Error, Result};
 use serde_json::{Value, json};
 
-pub use self::disk::RootDisk;
+pub use self::root::Root;
 pub use self::take::leave_hosts_out;
 use self::take::{drop_labels, keep_shared_memory_inside, take_devices, take_namespaces, take_resources};
 pub use self::vm::Vm;
@@ -43,7 +45,7 @@ pub struct Bundle {
     /// Absolute, without links.
     pub rootfs: PathBuf,
     /// What is the root instead, when the machine is the container's own.
-    pub root_disk: Option<RootDisk>,
+    pub root_disk: Option<Root>,
     /// Block devices that the container has.
     pub volumes: Vec<Volume>,
     /// Run by the host.
@@ -178,7 +180,7 @@ impl Bundle {
 
     /// What a disk of [`Self::disks`] is, for people.
     pub fn name_of_disk(&self, number: usize) -> String {
-        match number.checked_sub(usize::from(self.root_disk.is_some())) {
+        match number.checked_sub(self.root_disks().len()) {
             None => "its root file system".to_owned(),
             Some(volume) => {
                 self.volumes.get(volume).map(|volume| volume.host.display().to_string()).unwrap_or_default()
@@ -189,7 +191,11 @@ impl Bundle {
     /// The disks that it is to have: its root, if that is one, and its volumes.
     pub fn disks(&self) -> Vec<DiskConfig> {
         let volumes = self.volumes.iter().enumerate().map(|(number, volume)| volume.config(number));
-        self.root_disk.iter().map(RootDisk::config).chain(volumes).collect()
+        self.root_disks().into_iter().chain(volumes).collect()
+    }
+
+    fn root_disks(&self) -> Vec<DiskConfig> {
+        self.root_disk.as_ref().map(Root::configs).unwrap_or_default()
     }
 
     /// The host's files that the container has.
@@ -213,13 +219,10 @@ impl Bundle {
         disks: &[String],
     ) -> Result<(Rootfs, Value)> {
         // Read-only is the guest's to enforce for the root: the mount points in it have to be made first.
-        let mut disks = disks.iter();
-        let root = match self.root_disk.as_ref().zip(disks.as_slice().first()) {
+        let (roots, volumes) = disks.split_at(self.root_disks().len().min(disks.len()));
+        let root = match &self.root_disk {
             None => Rootfs { shared: add(&self.rootfs, Access::ReadWrite)?, ..Rootfs::default() },
-            Some((disk, device)) => {
-                disks.next();
-                Rootfs { root: Some(disk.in_guest(device)), ..Rootfs::default() }
-            }
+            Some(root) => root.in_guest(roots),
         };
         let mut spec = self.spec.clone();
         for &index in &self.binds {
@@ -234,7 +237,7 @@ impl Bundle {
                 fields.insert("type".into(), "bind".into());
             }
         }
-        volume::name_disks(&mut spec, disks);
+        volume::name_disks(&mut spec, volumes.iter());
         if let Some(namespaces) = spec.pointer_mut("/linux/namespaces").and_then(Value::as_array_mut) {
             namespaces.extend(partners.iter().map(Partner::namespace));
         }

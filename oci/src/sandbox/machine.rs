@@ -5,7 +5,7 @@ use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
 
 use bulkhead_protocol::agent::{ConfigureRequest, Rootfs, ShutdownRequest};
-use bulkhead_runtime::drives;
+use bulkhead_runtime::drives::{self, Drive};
 use bulkhead_runtime::guest::{self, Agent, Guest};
 use bulkhead_runtime::monitor::{Links, Monitor};
 use bulkhead_runtime::network::{self, Network};
@@ -17,7 +17,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde_json::Value;
 
 use super::{Plan, is_fatal, tag};
-use crate::config::{Bundle, RootDisk};
+use crate::config::{Bundle, Root};
 use crate::pod::{self, Pod};
 use crate::store::{Container, ProcessId};
 
@@ -60,7 +60,7 @@ impl Machine {
             (links.network, links.fds) = (attachment.network, attachment.taps);
         }
         let shape = bundle.shape(&artefacts.settings.machine)?;
-        let disk = bundle.root_disk.as_ref().map(RootDisk::hold).transpose()?;
+        let disk = bundle.root_disk.as_ref().map(Root::hold).transpose()?;
         let needs_shares = bundle.needs_shares();
         if bundle.may_be_joined() {
             let others = links.fds.len() + usize::from(needs_shares);
@@ -168,35 +168,46 @@ impl Machine {
 }
 
 /// Puts the container's disks into drives of the machine that it joins. Answers the guest's names for them, and what holds the
-/// root's. A root for which there is no drive becomes a directory.
+/// root's. A root for which there are not enough drives becomes a directory.
 fn insert_disks(plan: &mut Plan, pod: &Pod) -> Result<(Option<File>, Vec<String>)> {
-    let Plan { root, bundle, container, log, .. } = plan;
-    let mut held = bundle.root_disk.as_ref().map(RootDisk::hold).transpose()?;
+    let held = plan.bundle.root_disk.as_ref().map(Root::hold).transpose()?;
+    let Some(missed) = insert_all(plan)? else {
+        let devices = plan.container.drives.iter().map(Drive::device).collect::<Result<_>>()?;
+        return Ok((held, devices));
+    };
+    let Plan { bundle, log, .. } = plan;
+    let none = format!(
+        "the microVM of container {}, which is joined, has no drive left (machine.spare_drives in the configuration)",
+        pod.owner
+    );
+    let missed = bundle.name_of_disk(missed);
+    let Some(root) = bundle.root_disk.take_if(|_| pod.server.is_some()) else {
+        return Err(Error::Usage(format!("{none} for {missed}")));
+    };
+    log.warn(&format!("{none}: the root file system is mounted here and shared with it"));
+    // Who holds it is in the way of who mounts it.
+    drop(held);
+    root.mount(&bundle.rootfs)?;
+    insert_disks(plan, pod)
+}
+
+/// Answers the number of the disk for which there was no drive; none is in one then.
+fn insert_all(plan: &mut Plan) -> Result<Option<usize>> {
+    let Plan { root, bundle, container, .. } = plan;
     let control = container.control();
-    let mut devices = Vec::new();
     for (number, disk) in bundle.disks().into_iter().enumerate() {
-        if let Some(drive) = drives::insert(&control, disk)? {
-            devices.push(drive.device()?);
-            container.drives.push(drive);
-            // Whoever removes the container has to know.
-            root.save(container)?;
-            continue;
-        }
-        let none = format!(
-            "the microVM of container {}, which is joined, has no drive left (machine.spare_drives in the configuration)",
-            pod.owner
-        );
-        match bundle.root_disk.take_if(|_| number == 0 && pod.server.is_some()) {
-            Some(disk) => {
-                log.warn(&format!("{none}: the root file system is mounted here and shared with it"));
-                // Who holds it is in the way of who mounts it.
-                held = None;
-                disk.mount(&bundle.rootfs)?;
+        match drives::insert(&control, disk)? {
+            Some(drive) => container.drives.push(drive),
+            None => {
+                // The guest knows nothing of them yet.
+                container.drives.drain(..).try_for_each(|drive| drive.eject(&control, true))?;
+                return Ok(Some(number));
             }
-            None => return Err(Error::Usage(format!("{none} for {}", bundle.name_of_disk(number)))),
         }
+        // Whoever removes the container has to know.
+        root.save(container)?;
     }
-    Ok((held, devices))
+    Ok(None)
 }
 
 fn configure(

@@ -12,7 +12,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use super::life;
 use crate::args::{Create, Run};
 use crate::cgroup::Cgroup;
-use crate::config::{Bundle, RootDisk};
+use crate::config::{Bundle, Root};
 use crate::sandbox::{self, GoOn, Plan, Says};
 use crate::store::{Container, Hooks, Status};
 use crate::{Context, hooks, pod};
@@ -49,7 +49,10 @@ fn make(context: &Context, wish: &Create, detach: bool) -> Result<i32> {
     if pod.is_some() {
         bundle.warn_of_what_the_pod_decides(&context.log, machine_mib);
     }
-    bundle.root_disk = wish.root_disk.as_deref().map(RootDisk::parse).transpose()?;
+    bundle.root_disk = wish.root_disk.as_deref().map(Root::parse).transpose()?;
+    if let Some(root) = &bundle.root_disk {
+        root.prepare(&context.settings)?;
+    }
     if let Some(pod) = pod.as_ref().filter(|_| bundle.needs_shares()) {
         pod.shares()?;
     }

@@ -70,6 +70,9 @@ pub struct Machine {
     /// Empty drives of a pod's machine, for the disks of containers that join it.
     #[serde(deserialize_with = "value::drives")]
     pub spare_drives: u8,
+    /// Whether a root of EROFS layers becomes disks.
+    #[serde(deserialize_with = "value::switch")]
+    pub erofs_disks: bool,
 }
 
 /// `[run]`
@@ -152,6 +155,7 @@ impl Default for Machine {
             boot_timeout: 60,
             templates: true,
             spare_drives: 4,
+            erofs_disks: true,
         }
     }
 }
