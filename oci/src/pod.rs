@@ -7,11 +7,12 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bulkhead_protocol::agent::{
     ContainerRequest, Empty, ProcessRequest, SignalProcessRequest, WaitProcessResponse,
 };
+use bulkhead_runtime::drives;
 use bulkhead_runtime::guest::{Agent, Guest};
 use bulkhead_runtime::shares::Living;
 use bulkhead_runtime::{Context, Error, Result};
@@ -221,8 +222,9 @@ pub fn leave(container: &Container) {
     if let Some(agent) = &mut agent {
         remove(agent, container);
     }
+    let deadline = Instant::now() + drives::PATIENCE;
     for drive in &container.drives {
-        let released = agent.as_mut().is_some_and(|agent| drive.release(agent));
+        let released = agent.as_mut().is_some_and(|agent| drive.release(agent, deadline));
         // The machine may have ended meanwhile, and its drives with it.
         let _ = drive.eject(&container.control(), released);
     }

@@ -13,8 +13,8 @@ use vmm::control::{Client, ClientError, EjectRequest, InsertRequest, Inserted, M
 use crate::guest::Agent;
 use crate::{Error, Result};
 
-/// How long the guest may take to let go of a disk whose container has gone: its kernel unmounts on its own time.
-const PATIENCE: Duration = Duration::from_secs(3);
+/// How long the guest may take to let go of the disks of a container that has gone: its kernel unmounts on its own time.
+pub const PATIENCE: Duration = Duration::from_secs(3);
 /// How long it may take to answer.
 const ANSWER: Duration = Duration::from_secs(5);
 const MOMENT: Duration = Duration::from_millis(2);
@@ -98,13 +98,12 @@ impl Drive {
         Ok(Disk { source: self.device()?, bytes: self.bytes })
     }
 
-    /// Asks the guest to let go of the disk. Answers whether it says that it has.
-    pub fn release(&self, agent: &mut Agent) -> bool {
+    /// Asks the guest to let go of the disk, again and again until `deadline`. Answers whether it says that it has.
+    pub fn release(&self, agent: &mut Agent, deadline: Instant) -> bool {
         let Ok(source) = self.device() else { return false };
         // A guest may say nothing, and nobody has to wait for it.
         let _ = agent.stream().set_read_timeout(Some(ANSWER));
         let request = ReleaseDiskRequest { source };
-        let deadline = Instant::now() + PATIENCE;
         loop {
             match agent.call::<Empty>("ReleaseDisk", &request) {
                 Ok(Empty {}) => return true,

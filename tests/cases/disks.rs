@@ -61,9 +61,9 @@ pub fn roots_on_disks(host: &Host) -> Result<()> {
     join("disk", &[], script)?.ok()?.stdout_has("/dev/vdb / ext4 rw")?;
     ctr(&[&exec[..], &["cat /file"]].concat())?.ok()?.stdout_is("kept\n")?;
     // A block device of its own, besides.
-    let script = "truncate -s 1M $0; device=$(losetup -f); losetup $device $0; echo -n $device";
+    let attach = "truncate -s 1M $0; device=$(losetup -f); losetup $device $0; echo -n $device";
     let volume =
-        host.run(["sh", "-c", script, &host.work().join("joined").display().to_string()])?.ok()?.stdout();
+        host.run(["sh", "-c", attach, &host.work().join("joined").display().to_string()])?.ok()?.stdout();
     let write = format!("grep ' / ' /proc/mounts; echo written >{volume}");
     join("disk", &["--device", &volume], &write)?.ok()?.stdout_has("/dev/vdb / ext4 rw")?;
     ensure!(fs::read(host.work().join("joined"))?.starts_with(b"written\n"));
@@ -123,7 +123,8 @@ fn a_disk_that_is_held(host: &Host, ctr: &impl Fn(&[&str]) -> Result<Finished>) 
     let run = ["run", "-d", "--runtime", "io.containerd.bulkhead.v2", "--snapshotter", "blockfile"];
     let with = ["--with-ns", &network, "--with-ns", &pids];
     ctr(&[&run[..], &with, &[IMAGE, "held", "sleep", "4321"]].concat())?.ok()?;
-    let hold = "exec 3</proc/$(pgrep -f 'sleep [4]321')/root/bin/busybox; echo holds >/state; sleep 1000";
+    let hold = "for p in /proc/[0-9]*; do [ \"$(tr '\\0' ' ' <$p/cmdline)\" != 'sleep 4321 ' ] || its=$p; done; \
+                exec 3<$its/root/bin/busybox; echo holds >/state; sleep 1000";
     ctr(&["task", "exec", "-d", "--exec-id", "holder", "disk", "sh", "-c", hold])?.ok()?;
     let inside = |script: &str| ctr(&["task", "exec", "--exec-id", "e", "disk", "sh", "-c", script]);
     host.eventually("it to be held", std::time::Duration::from_secs(20), || {
@@ -131,7 +132,8 @@ fn a_disk_that_is_held(host: &Host, ctr: &impl Fn(&[&str]) -> Result<Finished>) 
     })?;
     ctr(&["task", "rm", "-f", "held"])?;
     ctr(&["containers", "rm", "held"])?.ok()?;
-    inside("cat /sys/block/vdb/size; readlink /proc/*/fd/3 | grep -c busybox")?.ok()?.stdout_is("0\n1\n")?;
+    let look = "cat /sys/block/vdb/size; ls -l /proc/[0-9]*/fd/3 | grep -q busybox && echo held";
+    inside(look)?.ok()?.stdout_is("0\nheld\n")?;
     let next = [&run[..], &["--with-ns", &network], &[IMAGE, "next", "sleep", "1000"]].concat();
     ctr(&next)?.ok()?;
     let look = ["task", "exec", "--exec-id", "e", "next", "grep", " / ", "/proc/mounts"];
