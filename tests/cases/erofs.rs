@@ -99,8 +99,18 @@ pub fn roots_of_layers(host: &Host, program: &str) -> Result<()> {
         host.run(["sh", "-c", &format!("cat {}/{program}/{SNAPSHOTS}/*/fs/seen", host.work().display())])
     })?;
     diff.ok()?.stdout_is("seen\n")?;
-    ctr(&["task", "rm", "-f", "shared"])?;
+    // A broken configuration lets nothing begin, and everything end.
+    with_settings("[machine]\nmemroy = 1\n", || {
+        ctr(&[&run[..], &["--rm", IMAGE, "new", "true"]].concat())?
+            .failed()?
+            .stderr_has("config.toml:2: `memroy")?;
+        ctr(&["task", "exec", "--exec-id", "e", "shared", "cat", "/seen"])?.ok()?.stdout_is("seen\n")?;
+        ctr(&["task", "kill", "-s", "KILL", "shared"])?.ok()?;
+        host.eventually("its end", PATIENCE, || Ok(ctr(&["task", "ls"])?.stdout().contains("STOPPED")))?;
+        ctr(&["task", "delete", "shared"])?.stderr_has("exit code 137")
+    })?;
     ctr(&["containers", "rm", "shared"])?.ok()?;
+    ctr(&["containers", "rm", "new"])?;
     a_pod(host)
 }
 
