@@ -113,8 +113,9 @@ pub struct Create {
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub preserve_fds: u32,
     /// The root file system is on this disk or in this image of one, and the bundle's root an empty directory:
-    /// {"type", "source", "options"} as containerd has them. Not of runc's; for the shim.
-    #[arg(long, value_name = "MOUNT")]
+    /// {"type", "source", "options"} as containerd has them. Or on EROFS files, one for each layer, with a disk for what
+    /// is written: {"layers": [lowest, …], "upper": DIR, "writable": PATH, "otherwise": a mount as above}. Not of runc's; for the shim.
+    #[arg(long, value_name = "JSON")]
     pub root_disk: Option<String>,
     #[arg(value_name = "CONTAINER")]
     pub id: String,

@@ -63,7 +63,17 @@ fn main() -> ExitCode {
         log.error("no verb is given: `bulkhead-oci --help` lists them");
         return ExitCode::FAILURE;
     };
-    let result = Settings::load().and_then(|settings| {
+    let (settings, wrong) = Settings::load_what_makes_sense();
+    let prepared = match wrong {
+        // Whatever is written into the file, containers can be ended and removed.
+        Some(error) if is_about_what_is_there(&verb) => {
+            log.warn(&error.chain());
+            Ok(settings)
+        }
+        Some(error) => Err(error),
+        None => Ok(settings),
+    };
+    let result = prepared.and_then(|settings| {
         let global = &arguments.global;
         let root = Root::new(global.root.as_deref(), &settings.paths)?;
         let log = Log::open(global)?.at(settings.log.level);
@@ -82,6 +92,26 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Whether it makes no machine, so that the settings for one do not matter.
+fn is_about_what_is_there(verb: &Verb) -> bool {
+    matches!(
+        verb,
+        Verb::Start(_)
+            | Verb::Kill(_)
+            | Verb::Delete(_)
+            | Verb::Pause(_)
+            | Verb::Resume(_)
+            | Verb::Update(_)
+            | Verb::Exec(_)
+            | Verb::State(_)
+            | Verb::List(_)
+            | Verb::Ps(_)
+            | Verb::Events(_)
+            | Verb::Spec(_)
+            | Verb::Features
+    )
 }
 
 fn run(context: &Context, verb: Verb) -> Result<u8, Error> {

@@ -7,12 +7,13 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bulkhead_protocol::agent::{
     ContainerRequest, Empty, ProcessRequest, SignalProcessRequest, WaitProcessResponse,
 };
-use bulkhead_runtime::guest::Guest;
+use bulkhead_runtime::drives;
+use bulkhead_runtime::guest::{Agent, Guest};
 use bulkhead_runtime::shares::Living;
 use bulkhead_runtime::{Context, Error, Result};
 use rustix::thread::LinkNameSpaceType;
@@ -21,7 +22,7 @@ use serde_json::{Value, json};
 
 use crate::config::{Bundle, Wanted};
 use crate::sandbox::guest_id;
-use crate::store::{Container, ProcessId, Root, Status};
+use crate::store::{Container, ProcessId, Root};
 
 /// How long the guest may take for each step of removing a container.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -55,8 +56,8 @@ pub struct Pod {
     pub sandbox: ProcessId,
     /// Its directory of sockets.
     pub run: PathBuf,
-    /// The file server of the machine.
-    pub server: ProcessId,
+    /// The file server of the machine, if it has one.
+    pub server: Option<ProcessId>,
 }
 
 /// A namespace of another container in the guest.
@@ -121,13 +122,20 @@ impl Partner {
 }
 
 impl Pod {
-    /// The file server, if it still runs.
+    /// The file server.
     ///
     /// # Errors
-    /// It has ended, and the machine with it.
+    /// It has ended, and the machine with it; or there never was one.
     pub fn shares(&self) -> Result<Living> {
-        let living = Living::find(self.server.pid, &self.run)?;
-        if self.server.lives() { Ok(living) } else { Err(self.ended()) }
+        let server = self.server.ok_or_else(|| {
+            Error::Usage(format!(
+                "the microVM of container {}, which is joined, has no file server for others: its own has all of its files \
+                 on disks",
+                self.owner
+            ))
+        })?;
+        let living = Living::find(server.pid, &self.run)?;
+        if server.lives() { Ok(living) } else { Err(self.ended()) }
     }
 
     /// What to say when the machine has gone.
@@ -156,18 +164,11 @@ pub fn find(root: &Root, bundle: &Bundle) -> Result<Option<Shared>> {
     };
     let owner_id = network.pod.as_ref().map_or(&network.id, |pod| &pod.owner);
     let owner = living.iter().find(|container| container.id == *owner_id);
-    let server = owner.and_then(|owner| Some((owner, owner.server?)));
-    let (owner, server) = server.ok_or_else(|| {
+    let owner = owner.filter(|owner| owner.up).ok_or_else(|| {
         Error::Usage(format!(
-            "the network is that of container {}, which has no microVM to join{}",
+            "the network is that of container {}, which has no microVM to join {}",
             network.id,
-            match owner {
-                Some(owner) if owner.status() == Status::Running => {
-                    ": its own has the root file system as a disk and no file server for others"
-                }
-                Some(_) => " before it is started",
-                None => " any more",
-            }
+            if owner.is_some() { "before it is started" } else { "any more" }
         ))
     })?;
     let mut partners = Vec::new();
@@ -179,7 +180,7 @@ pub fn find(root: &Root, bundle: &Bundle) -> Result<Option<Shared>> {
         partners.push(Partner { joined: joined.clone(), container: guest_id(&container.id) });
     }
     let sandbox = ProcessId { pid: owner.sandbox, start: owner.sandbox_start };
-    let pod = Pod { owner: owner.id.clone(), sandbox, run: owner.run.clone(), server };
+    let pod = Pod { owner: owner.id.clone(), sandbox, run: owner.run.clone(), server: owner.server };
     Ok(Some(Shared { pod, machine_mib: owner.machine_mib, partners }))
 }
 
@@ -212,14 +213,27 @@ fn find_in<'a>(living: &'a [Container], path: &Path, kind: &str) -> Option<&'a C
 /// Takes a container out of a machine that it shares, however far it has come. Nothing happens to one that has none
 /// to share.
 pub fn leave(container: &Container) {
-    let Some(pod) = container.pod.as_ref().filter(|pod| pod.server.lives()) else { return };
+    let Some(pod) = container.pod.as_ref().filter(|pod| pod.sandbox.lives()) else { return };
     // First on the host: the guest then finds nothing when it asks again, and lets go of what it remembers.
     if let Ok(shares) = pod.shares() {
         let _ = shares.part(&prefix(container));
     }
+    let mut agent = Guest::new(&container.vsock()).agent().ok();
+    if let Some(agent) = &mut agent {
+        remove(agent, container);
+    }
+    let deadline = Instant::now() + drives::PATIENCE;
+    for drive in &container.drives {
+        let released = agent.as_mut().is_some_and(|agent| drive.release(agent, deadline));
+        // The machine may have ended meanwhile, and its drives with it.
+        let _ = drive.eject(&container.control(), released);
+    }
+}
+
+/// Ends the container in the guest, and takes its files away there.
+fn remove(agent: &mut Agent, container: &Container) {
     let id = guest_id(&container.id);
     let target = ProcessRequest { container: id.clone(), exec: String::new(), bound: false };
-    let Ok(mut agent) = Guest::new(&container.vsock()).agent() else { return };
     // A guest may say nothing, and nobody has to wait for it.
     let _ = agent.stream().set_read_timeout(Some(PATIENCE));
     let signal = libc::SIGKILL.unsigned_abs();

@@ -10,6 +10,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use bulkhead_runtime::drives::Drive;
 use bulkhead_runtime::network::NamespaceRef;
 use bulkhead_runtime::settings::Paths;
 use bulkhead_runtime::state::Files;
@@ -130,6 +131,12 @@ pub struct Container {
     /// The file server of its machine, once there is one.
     #[serde(default)]
     pub server: Option<ProcessId>,
+    /// Its machine is up: others can join it.
+    #[serde(default)]
+    pub up: bool,
+    /// Disks of its own in drives of a machine that it has joined.
+    #[serde(default)]
+    pub drives: Vec<Drive>,
     /// The container whose machine it runs in, if that is not its own.
     #[serde(default)]
     pub pod: Option<Pod>,
@@ -281,6 +288,12 @@ impl Container {
     /// The monitor's socket to the guest.
     pub fn vsock(&self) -> PathBuf {
         self.pod.as_ref().map_or(&self.run, |pod| &pod.run).join("vsock")
+    }
+
+    /// The monitor's control socket.
+    pub fn control(&self) -> PathBuf {
+        let run = self.pod.as_ref().map_or(&self.run, |pod| &pod.run).clone();
+        Files { dir: PathBuf::new(), run }.control()
     }
 
     /// Where it is in its life, as the kernel has it.

@@ -10,6 +10,7 @@
 pub mod binds;
 pub mod copy;
 pub mod doctor;
+pub mod drives;
 mod error;
 pub mod exec;
 pub mod guest;
@@ -22,7 +23,7 @@ pub mod null;
 pub mod options;
 mod paths;
 pub mod relay;
-mod scratch;
+pub mod scratch;
 pub mod settings;
 pub mod shares;
 pub mod snapshot;

@@ -12,10 +12,10 @@ use rustix::fs::FileType;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-pub use vmm::config::DiskConfig;
 use vmm::config::{
     BootConfig, Config, ConsoleConfig, EmptyNetwork, MachineConfig, NetworkConfig, VsockConfig,
 };
+pub use vmm::config::{DiskConfig, MAX_LAYERS};
 
 use crate::network::{self, Network};
 use crate::settings;

@@ -7,6 +7,7 @@
 
 mod cleanup;
 mod events;
+mod layers;
 mod mounts;
 mod oci;
 mod reap;

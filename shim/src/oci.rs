@@ -13,6 +13,7 @@ use serde_json::Value;
 
 use bulkhead_runtime::Settings;
 
+use crate::layers;
 use crate::mounts::{self, Mount};
 use crate::reap::Reaper;
 use crate::stdio::{Names, Open, Prepared};
@@ -43,6 +44,8 @@ pub struct Oci {
     root: PathBuf,
     /// Sockets for terminals: their paths must be short.
     consoles: PathBuf,
+    /// Layers that are EROFS files become disks.
+    erofs_disks: bool,
     reaper: Arc<Reaper>,
     bundles: Mutex<HashMap<String, Known>>,
 }
@@ -60,11 +63,12 @@ impl Oci {
     /// The program: as the settings say, beside this one, or in PATH.
     ///
     /// # Errors
-    /// The settings make no sense, or the directories of states cannot be made.
+    /// The directories of states cannot be made.
     pub fn new(namespace: &str, reaper: Arc<Reaper>) -> Result<Self> {
         let beside = std::env::current_exe().ok().map(|program| program.with_file_name("bulkhead-oci"));
         let named = std::env::var_os(VARIABLE).map(PathBuf::from);
-        let settings = Settings::load()?;
+        // What is wrong with them `bulkhead-oci` says when it is to make a machine; until then nothing else may fail for it.
+        let (settings, _) = Settings::load_what_makes_sense();
         let set = Some(settings.programs.oci).filter(|path| !path.as_os_str().is_empty());
         let found = named.or(set).or(beside.filter(|path| path.exists()));
         let program = found.unwrap_or_else(|| "bulkhead-oci".into());
@@ -79,7 +83,8 @@ impl Oci {
                 .with_context(|| format!("create {}", dir.display()))?;
         }
         let namespace = namespace.to_owned();
-        Ok(Self { program, namespace, root, consoles, reaper, bundles: Mutex::default() })
+        let erofs_disks = settings.machine.erofs_disks;
+        Ok(Self { program, namespace, root, consoles, erofs_disks, reaper, bundles: Mutex::default() })
     }
 
     fn known(&self, id: &str) -> Result<Known> {
@@ -190,6 +195,7 @@ impl Backend for Oci {
         let bundle = create.bundle.display().to_string();
         let mut words = vec!["create", "--bundle", &bundle];
         let disk = mounts::as_disk(&create.more.rootfs);
+        let disk = disk.or_else(|| self.erofs_disks.then(|| layers::as_disk(&create.more.rootfs)).flatten());
         match &disk {
             Some(disk) => {
                 fs::create_dir_all(&rootfs).with_context(|| format!("create {}", rootfs.display()))?;

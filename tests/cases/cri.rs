@@ -228,7 +228,7 @@ fn daemon(host: &Host, program: &str) -> Result<Daemon> {
          runtime_type = \"io.containerd.bulkhead.v2\"\n\
          [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.sandbox]\n\
          runtime_type = \"io.containerd.bulkhead.v2\"\nsandboxer = \"shim\"\n{}",
-        crate::disks::settings(host)?
+        crate::disks::settings(host, program)?
     );
     let settings = host.file("config.toml", &settings)?;
     let command = format!(
@@ -329,7 +329,8 @@ fn by_both_ways(host: &Host, program: &str) -> Result<()> {
         node.remove(&pod)?;
         let alone: Step<_> = ("no pause container", without_a_pause_container);
         side_by_side(&[("sandbox API", node)], &[quick, whole, streams, ports, alone])?;
-        crate::disks::roots_on_disks(host).context("disks")
+        crate::disks::roots_on_disks(host).context("disks")?;
+        crate::erofs::roots_of_layers(host, program).context("erofs")
     })
 }
 

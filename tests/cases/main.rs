@@ -10,6 +10,7 @@ mod cri_volumes;
 mod daemons;
 mod disks;
 mod docker;
+mod erofs;
 mod figures;
 mod flags;
 mod framework;

@@ -111,6 +111,9 @@ pub enum Error {
     /// A machine cannot be saved.
     #[error("the machine cannot be saved: {0}")]
     Unsaveable(String),
+    /// A disk cannot be put into a drive, or taken out.
+    #[error("{0}")]
+    Drive(String),
     /// The operating system refused a request.
     #[error("cannot {what}")]
     Os {
@@ -159,6 +162,7 @@ impl Error {
         match self {
             Self::ConfigSyntax { .. }
             | Self::Config(_)
+            | Self::Drive(_)
             | Self::MemoryTooSmall { .. }
             | Self::CmdlineTooLong { .. } => STATUS_USAGE,
             Self::Input { .. } | Self::BadKernel { .. } | Self::Backend { .. } | Self::Snapshot { .. } => {

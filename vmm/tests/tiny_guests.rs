@@ -202,7 +202,7 @@ fn nonsense_on_the_control_socket_is_answered() {
         assert!(line.contains("\"error\"") && line.contains(id), "{request:?}: {line:?}");
     }
     // More than a request can be: the connection ends, the monitor does not.
-    let _ = stream.get_mut().write_all(&[b'x'; 10_000]);
+    let _ = stream.get_mut().write_all(&[b'x'; 200_000]);
     let mut line = String::new();
     assert!(matches!(stream.read_line(&mut line), Ok(0) | Err(_)));
     assert_eq!(client.status().unwrap().state, "running");

@@ -55,6 +55,7 @@ impl Agent {
         let mut namespaces = Namespaces::from_spec(&spec.linux, |id| self.init_of(id))?;
         let seccomp = spec.linux.seccomp.as_ref().map(Filter::compile).transpose()?;
         shared::take(&mut spec.mounts)?;
+        request.disks.iter().try_for_each(|disk| crate::disk::wait_for_size(&disk.source, disk.bytes))?;
         disks::renumber(&mut spec)?;
         let mut rootfs =
             Rootfs::mount(id, request.rootfs.as_ref().unwrap_or(&Layers::default()), &mut self.layers)?;

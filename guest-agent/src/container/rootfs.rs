@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Component, Path, PathBuf};
 
 use bulkhead_protocol::{SHARES, agent};
@@ -109,7 +110,8 @@ impl Rootfs {
                 mount(writable, &scratch, MountFlags::empty())?;
                 self.mounts.push(scratch.clone());
                 let upper = scratch.join("upper");
-                fs::create_dir_all(&upper).context(|| format!("create {}", upper.display()))?;
+                make_upper(&upper, lower.last(), request.attributes)
+                    .context(|| format!("create {}", upper.display()))?;
                 if lower.is_empty() {
                     rustix::mount::mount_bind(upper.as_path(), self.path.as_path())
                         .context(|| format!("bind {}", upper.display()))?;
@@ -188,6 +190,26 @@ impl Layers {
     }
 }
 
+/// Makes the directory that becomes the root, with owner and mode as asked for, or else the image's: those of the topmost layer.
+/// One that is there stays as it is.
+fn make_upper(upper: &Path, topmost: Option<&PathBuf>, asked: Option<agent::Attributes>) -> Result<()> {
+    if upper.exists() {
+        return Ok(());
+    }
+    fs::create_dir(upper)?;
+    let attributes = match (asked, topmost) {
+        (Some(asked), _) => asked,
+        (None, Some(layer)) => {
+            let about = fs::metadata(layer)?;
+            agent::Attributes { mode: about.mode(), uid: about.uid(), gid: about.gid() }
+        }
+        (None, None) => agent::Attributes { mode: 0o755, uid: 0, gid: 0 },
+    };
+    std::os::unix::fs::chown(upper, Some(attributes.uid), Some(attributes.gid))?;
+    fs::set_permissions(upper, fs::Permissions::from_mode(attributes.mode & 0o7777))?;
+    Ok(())
+}
+
 /// Whether `path` names something below [`SHARES`].
 fn is_shared(path: &Path) -> bool {
     let plain = |component| matches!(component, Component::Normal(_));
@@ -239,6 +261,32 @@ mod tests {
         {
             assert!(!is_shared(Path::new(bad)), "{bad}");
         }
+    }
+
+    #[test]
+    fn the_root_is_as_the_images() {
+        let dir = tempfile::tempdir().unwrap();
+        let layer = dir.path().join("layer");
+        fs::create_dir(&layer).unwrap();
+        fs::set_permissions(&layer, fs::Permissions::from_mode(0o1750)).unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o7777;
+        let upper = dir.path().join("upper");
+        make_upper(&upper, Some(&layer), None).unwrap();
+        assert_eq!(mode(&upper), 0o1750);
+        // What a container has made of it stays.
+        fs::set_permissions(&upper, fs::Permissions::from_mode(0o700)).unwrap();
+        make_upper(&upper, Some(&layer), None).unwrap();
+        assert_eq!(mode(&upper), 0o700);
+        let alone = dir.path().join("alone");
+        make_upper(&alone, None, None).unwrap();
+        assert_eq!(mode(&alone), 0o755);
+        let asked = dir.path().join("asked");
+        let (uid, gid) = {
+            let about = fs::metadata(&layer).unwrap();
+            (about.uid(), about.gid())
+        };
+        make_upper(&asked, Some(&layer), Some(agent::Attributes { mode: 0o40711, uid, gid })).unwrap();
+        assert_eq!(mode(&asked), 0o711);
     }
 
     #[test]

@@ -64,6 +64,9 @@ impl Agent {
             "DeleteContainer" => self.later(ticket, payload, |agent, request: ContainerRequest| {
                 agent.delete_container(ticket, &request.container)
             }),
+            "ReleaseDisk" => self.now(ticket, payload, |_, request: ReleaseDiskRequest| {
+                crate::disk::release(&request.source).map(|()| Empty {})
+            }),
             "Shutdown" => self.later(ticket, payload, |agent, request: ShutdownRequest| {
                 agent.answer(ticket, Ok(Empty {}));
                 agent.shut_down(&request)

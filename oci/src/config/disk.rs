@@ -11,15 +11,22 @@ use bulkhead_runtime::monitor::DiskConfig;
 use bulkhead_runtime::{Context, Error, Result};
 use rustix::fs::FlockOperation;
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 
 use super::usage;
 
 /// File systems that the guest's kernel has.
 const KINDS: [&str; 2] = ["ext4", "erofs"];
-/// The first disk of a machine.
-const IN_GUEST: &str = "/dev/vda";
 
-/// What `--root-disk` says, in containerd's words for a mount.
+/// What `--root-disk` says, if it is of this form.
+///
+/// # Errors
+/// It is not.
+pub(super) fn from_json<T: DeserializeOwned>(text: &str) -> Result<T> {
+    serde_json::from_str(text).map_err(|why| usage(format!("--root-disk {text}: {why}")))
+}
+
+/// What `--root-disk` says of one disk, in containerd's words for a mount.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RootDisk {
@@ -36,8 +43,7 @@ impl RootDisk {
     /// # Errors
     /// It is malformed, of a file system that guests do not have, or there is no such disk.
     pub fn parse(text: &str) -> Result<Self> {
-        let disk: Self =
-            serde_json::from_str(text).map_err(|why| usage(format!("--root-disk {text}: {why}")))?;
+        let disk: Self = from_json(text)?;
         let wrong = |why: &str| usage(format!("--root-disk {}: {why}", disk.source.display()));
         if !KINDS.contains(&disk.kind.as_str()) {
             return Err(wrong(&format!(
@@ -71,13 +77,13 @@ impl RootDisk {
         }
     }
 
-    /// For the agent.
-    pub fn in_guest(&self) -> Filesystem {
+    /// For the agent; `device` is the disk's name in the guest.
+    pub fn in_guest(&self, device: &str) -> Filesystem {
         // How the host comes by a device is nothing to the guest.
         let options = self.options.iter().filter(|option| !matches!(option.as_str(), "loop" | "rw" | "ro"));
         let mut options: Vec<_> = options.cloned().collect();
         options.extend(self.read_only().then(|| "ro".to_owned()));
-        Filesystem { fstype: self.kind.clone(), source: IN_GUEST.into(), options }
+        Filesystem { fstype: self.kind.clone(), source: device.into(), options }
     }
 
     /// Takes the disk for the machine alone: two kernels that write to one file system destroy it. The host's kernel refuses
@@ -105,34 +111,49 @@ impl RootDisk {
         } else {
             FlockOperation::NonBlockingLockExclusive
         };
-        if rustix::fs::flock(&file, how).is_err() {
-            return Err(usage(format!("the disk {} is in use by another microVM", self.source.display())));
-        }
+        lock(&file, &self.source, how)?;
         Ok(file)
     }
 
-    /// Mounts it on the host, for a container whose machine is there already.
+    /// Mounts it on the host.
     ///
     /// # Errors
     /// mount(8)'s.
     pub fn mount(&self, target: &Path) -> Result<()> {
-        let what = || format!("cannot mount {} on {}", self.source.display(), target.display());
-        let mut command = Command::new("mount");
-        command.args(["-t", &self.kind]);
         let mut options = self.options.clone();
         if self.source.is_file() && !options.iter().any(|option| option == "loop") {
             options.push("loop".into());
         }
-        if !options.is_empty() {
-            command.arg("-o").arg(options.join(","));
-        }
-        let output = command.arg("--").arg(&self.source).arg(target).output().context(what)?;
-        if output.status.success() {
-            return Ok(());
-        }
-        let words = String::from_utf8_lossy(&output.stderr);
-        Err(usage(format!("{}: {}", what(), words.trim())))
+        mount(&self.kind, &self.source, &options, target)
     }
+}
+
+/// Tells other microVMs that the disk is in use.
+///
+/// # Errors
+/// One of them has it.
+pub(super) fn lock(file: &File, path: &Path, how: FlockOperation) -> Result<()> {
+    rustix::fs::flock(file, how)
+        .map_err(|_| usage(format!("the disk {} is in use by another microVM", path.display())))
+}
+
+/// mount(8)
+///
+/// # Errors
+/// What it says.
+pub(super) fn mount(kind: &str, source: &Path, options: &[String], target: &Path) -> Result<()> {
+    let what = || format!("cannot mount {} on {}", source.display(), target.display());
+    let mut command = Command::new("mount");
+    command.args(["-t", kind]);
+    if !options.is_empty() {
+        command.arg("-o").arg(options.join(","));
+    }
+    let output = command.arg("--").arg(source).arg(target).output().context(what)?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let words = String::from_utf8_lossy(&output.stderr);
+    Err(usage(format!("{}: {}", what(), words.trim())))
 }
 
 #[cfg(test)]
@@ -150,9 +171,10 @@ mod tests {
         };
         let disk = parse("ext4", &path, r#""rw","loop","discard""#).unwrap();
         assert_eq!((disk.config().read_only, disk.config().path), (false, Some(image.clone())));
-        assert_eq!(disk.in_guest().options, ["discard"]);
+        assert_eq!(disk.in_guest("/dev/vdb").options, ["discard"]);
+        assert_eq!(disk.in_guest("/dev/vdb").source, "/dev/vdb");
         let layer = parse("erofs", &path, "").unwrap();
-        assert!(layer.config().read_only && layer.in_guest().options == ["ro"]);
+        assert!(layer.config().read_only && layer.in_guest("/dev/vda").options == ["ro"]);
         for (bad, word) in [
             (parse("xfs", &path, ""), "xfs"),
             (parse("ext4", "image", ""), "absolute"),

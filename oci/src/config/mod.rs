@@ -2,6 +2,8 @@
 
 mod check;
 mod disk;
+mod layers;
+mod root;
 mod take;
 mod vm;
 mod volume;
@@ -13,12 +15,13 @@ use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
 use bulkhead_protocol::agent::Rootfs;
+use bulkhead_runtime::monitor::DiskConfig;
 use bulkhead_runtime::network::{NamespaceRef, names};
 use bulkhead_runtime::shares::Access;
 use bulkhead_runtime::{Context, Error, Result};
 use serde_json::{Value, json};
 
-pub use self::disk::RootDisk;
+pub use self::root::Root;
 pub use self::take::leave_hosts_out;
 use self::take::{drop_labels, keep_shared_memory_inside, take_devices, take_namespaces, take_resources};
 pub use self::vm::Vm;
@@ -30,6 +33,8 @@ use crate::store::Hooks;
 
 /// Engines write some ten KiB.
 const MAX_BYTES: u64 = 8 << 20;
+/// Annotations by which containerd's CRI and CRI-O say what a container is: `sandbox` holds a pod together.
+const POD_HOLDERS: [&str; 2] = ["io.kubernetes.cri.container-type", "io.kubernetes.cri-o.ContainerType"];
 /// Of this much the servers are read.
 const MAX_RESOLV_CONF: u64 = 64 << 10;
 /// A bundle, read and understood.
@@ -40,7 +45,7 @@ pub struct Bundle {
     /// Absolute, without links.
     pub rootfs: PathBuf,
     /// What is the root instead, when the machine is the container's own.
-    pub root_disk: Option<RootDisk>,
+    pub root_disk: Option<Root>,
     /// Block devices that the container has.
     pub volumes: Vec<Volume>,
     /// Run by the host.
@@ -162,9 +167,35 @@ impl Bundle {
         names::server_in(&lines)
     }
 
-    /// Whether it has any of the host's files besides its root.
-    pub fn has_binds(&self) -> bool {
-        !self.binds.is_empty()
+    /// Whether it has any of the host's files by a file server.
+    pub fn needs_shares(&self) -> bool {
+        self.root_disk.is_none() || !self.binds.is_empty()
+    }
+
+    /// Whether others are likely to join its machine and bring disks: those of a pod, and those whose images are on disks, too.
+    pub fn may_be_joined(&self) -> bool {
+        let holds_pod = |key: &str| self.annotations.get(key).is_some_and(|kind| kind == "sandbox");
+        self.vm.pause || self.root_disk.is_some() || POD_HOLDERS.iter().any(|key| holds_pod(key))
+    }
+
+    /// What a disk of [`Self::disks`] is, for people.
+    pub fn name_of_disk(&self, number: usize) -> String {
+        match number.checked_sub(self.root_disks().len()) {
+            None => "its root file system".to_owned(),
+            Some(volume) => {
+                self.volumes.get(volume).map(|volume| volume.host.display().to_string()).unwrap_or_default()
+            }
+        }
+    }
+
+    /// The disks that it is to have: its root, if that is one, and its volumes.
+    pub fn disks(&self) -> Vec<DiskConfig> {
+        let volumes = self.volumes.iter().enumerate().map(|(number, volume)| volume.config(number));
+        self.root_disks().into_iter().chain(volumes).collect()
+    }
+
+    fn root_disks(&self) -> Vec<DiskConfig> {
+        self.root_disk.as_ref().map(Root::configs).unwrap_or_default()
     }
 
     /// The host's files that the container has.
@@ -176,8 +207,8 @@ impl Bundle {
         View { rootfs: self.rootfs.clone(), binds: self.binds.iter().filter_map(bind).collect() }
     }
 
-    /// Shares the root file system, if it is not a disk, and all binds. Answers what the root is to the guest, and the spec for
-    /// the agent.
+    /// Shares the root file system, if it is not a disk, and all binds. `disks` are the guest's names of [`Self::disks`]. Answers
+    /// what the root is to the guest, and the spec for the agent.
     ///
     /// # Errors
     /// A source does not exist.
@@ -185,11 +216,13 @@ impl Bundle {
         &self,
         mut add: impl FnMut(&Path, Access) -> Result<String>,
         partners: &[Partner],
+        disks: &[String],
     ) -> Result<(Rootfs, Value)> {
         // Read-only is the guest's to enforce for the root: the mount points in it have to be made first.
+        let (roots, volumes) = disks.split_at(self.root_disks().len().min(disks.len()));
         let root = match &self.root_disk {
             None => Rootfs { shared: add(&self.rootfs, Access::ReadWrite)?, ..Rootfs::default() },
-            Some(disk) => Rootfs { root: Some(disk.in_guest()), ..Rootfs::default() },
+            Some(root) => root.in_guest(roots),
         };
         let mut spec = self.spec.clone();
         for &index in &self.binds {
@@ -204,7 +237,7 @@ impl Bundle {
                 fields.insert("type".into(), "bind".into());
             }
         }
-        volume::name_disks(&mut spec, u8::from(self.root_disk.is_some()));
+        volume::name_disks(&mut spec, volumes.iter());
         if let Some(namespaces) = spec.pointer_mut("/linux/namespaces").and_then(Value::as_array_mut) {
             namespaces.extend(partners.iter().map(Partner::namespace));
         }

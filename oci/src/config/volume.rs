@@ -89,12 +89,12 @@ fn may_write(spec: &Value, major: u32, minor: u32) -> bool {
     meant.next_back().is_none_or(|rule| rule.get("allow") == Some(&json!(true)))
 }
 
-/// Tells the agent which disks of the machine the container's devices are; `first` is the number of the first of them.
-pub(super) fn name_disks(spec: &mut Value, first: u8) {
+/// Tells the agent which disks of the machine the container's devices are, in their order.
+pub(super) fn name_disks<'a>(spec: &mut Value, disks: impl Iterator<Item = &'a String>) {
     let devices = spec.pointer_mut("/linux/devices").and_then(Value::as_array_mut).into_iter().flatten();
-    for (letter, device) in (b'a' + first..).zip(devices.filter(|device| text(device, "/type") == "b")) {
+    for (device, disk) in devices.filter(|device| text(device, "/type") == "b").zip(disks) {
         if let Some(fields) = device.as_object_mut() {
-            fields.insert("disk".into(), format!("/dev/vd{}", char::from(letter)).into());
+            fields.insert("disk".into(), disk.as_str().into());
         }
     }
 }
@@ -129,11 +129,11 @@ mod tests {
     }
 
     #[test]
-    fn disks_have_letters_in_their_order() {
+    fn disks_are_named_in_their_order() {
         let mut spec = json!({"linux": {"devices": [{"type": "c"}, {"type": "b"}, {"type": "b"}]}});
-        name_disks(&mut spec, 1);
+        name_disks(&mut spec, ["/dev/vdb".to_owned(), "/dev/vdf".to_owned()].iter());
         let disks: Vec<_> =
             spec["linux"]["devices"].as_array().unwrap().iter().map(|d| d["disk"].clone()).collect();
-        assert_eq!(disks, [Value::Null, "/dev/vdb".into(), "/dev/vdc".into()]);
+        assert_eq!(disks, [Value::Null, "/dev/vdb".into(), "/dev/vdf".into()]);
     }
 }

@@ -5,18 +5,19 @@ use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
 
 use bulkhead_protocol::agent::{ConfigureRequest, Rootfs, ShutdownRequest};
+use bulkhead_runtime::drives::{self, Drive};
 use bulkhead_runtime::guest::{self, Agent, Guest};
 use bulkhead_runtime::monitor::{Links, Monitor, Origin};
 use bulkhead_runtime::network::{self, Network};
 use bulkhead_runtime::shares::{self, Lifetime, More, Server, Shares};
 use bulkhead_runtime::template::{self, Wanted};
 use bulkhead_runtime::terminal::Signals;
-use bulkhead_runtime::{Context, Layout, Result, trace};
+use bulkhead_runtime::{Context, Error, Layout, Result, trace};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde_json::Value;
 
 use super::{Plan, is_fatal, tag};
-use crate::config::{Bundle, RootDisk};
+use crate::config::{Bundle, Root};
 use crate::pod::{self, Pod};
 use crate::store::{Container, ProcessId};
 
@@ -37,6 +38,8 @@ pub(super) enum Machine {
         owner: OwnedFd,
         /// What to say then.
         pod: Pod,
+        /// As above.
+        disk: Option<File>,
     },
 }
 
@@ -48,17 +51,21 @@ impl Machine {
     pub(super) fn make(plan: &Plan, guest: &Guest, signals: &Signals) -> Result<Made> {
         let Plan { files, bundle, container, artefacts, .. } = plan;
         let mut shares = Shares::new(&files.run, &artefacts.settings.programs.virtiofsd)?;
-        let (root, spec) = bundle.share(|path, access| shares.add(path, access), &[])?;
+        let mut disks = bundle.disks();
+        let devices = (0..disks.len()).map(drives::device).collect::<Result<Vec<_>>>()?;
+        let (root, spec) = bundle.share(|path, access| shares.add(path, access), &[], &devices)?;
         let mut links = Links::default();
         if let Some(namespace) = &container.network {
             let attachment = network::attach(namespace, &tag(files))?;
             (links.network, links.fds) = (attachment.network, attachment.taps);
         }
         let shape = bundle.shape(&artefacts.settings.machine)?;
-        let disk = bundle.root_disk.as_ref().map(RootDisk::hold).transpose()?;
-        let volumes = bundle.volumes.iter().enumerate().map(|(number, volume)| volume.config(number));
-        let disks: Vec<_> = bundle.root_disk.iter().map(RootDisk::config).chain(volumes).collect();
-        let needs_shares = bundle.root_disk.is_none() || bundle.has_binds();
+        let disk = bundle.root_disk.as_ref().map(Root::hold).transpose()?;
+        let needs_shares = bundle.needs_shares();
+        if bundle.may_be_joined() {
+            let others = links.fds.len() + usize::from(needs_shares);
+            disks.extend(drives::spare(artefacts.settings.machine.spare_drives, disks.len(), others));
+        }
         // Before this process is in the container's cgroup: making one is not the container's affair.
         let wanted = Wanted { shape: &shape, disks: &disks, shares: needs_shares, networks: links.kinds() };
         let layout = Layout::new(None, &artefacts.settings.paths)?;
@@ -91,20 +98,23 @@ impl Machine {
     }
 
     /// Into the machine of another container.
-    pub(super) fn join(plan: &Plan, pod: &Pod) -> Result<Made> {
-        let Plan { bundle, container, .. } = plan;
+    pub(super) fn join(plan: &mut Plan, pod: Pod) -> Result<Made> {
         let what = || pod.ended();
         let owner = Pid::from_raw(pod.sandbox.pid)
             .and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok())
             .filter(|_| pod.sandbox.lives())
             .ok_or_else(what)?;
+        let (disk, devices) = insert_disks(plan, &pod)?;
+        let Plan { bundle, container, .. } = plan;
         let mut more = More::new(&pod::prefix(container));
-        let (root, spec) = bundle.share(|path, access| more.add(path, access), &plan.partners)?;
+        let (root, spec) = bundle.share(|path, access| more.add(path, access), &plan.partners, &devices)?;
         if let Some(group) = &container.cgroup {
             group.add(container.sandbox)?;
         }
-        more.join(&pod.shares()?)?;
-        Ok((Self::Joined { owner, pod: pod.clone() }, root, spec))
+        if bundle.needs_shares() {
+            more.join(&pod.shares()?)?;
+        }
+        Ok((Self::Joined { owner, pod, disk }, root, spec))
     }
 
     /// Readable when the machine has ended.
@@ -136,9 +146,13 @@ impl Machine {
     /// Ends one's own machine with its writes on the host's disk, or leaves that of another. Answers the monitor's
     /// timeline, if one was asked for.
     pub(super) fn put_away(self, guest: &Guest, container: &Container) -> Option<Value> {
-        let Self::Own { mut monitor, server, disk } = self else {
-            pod::leave(container);
-            return None;
+        let (mut monitor, server, disk) = match self {
+            Self::Own { monitor, server, disk } => (monitor, server, disk),
+            Self::Joined { disk, .. } => {
+                pod::leave(container);
+                drop(disk);
+                return None;
+            }
         };
         let timeline = trace::enabled().then(|| monitor.timeline()).flatten();
         if let Ok(mut agent) = guest.agent() {
@@ -151,6 +165,49 @@ impl Machine {
         trace::mark("virtiofsd ended");
         timeline
     }
+}
+
+/// Puts the container's disks into drives of the machine that it joins. Answers the guest's names for them, and what holds the
+/// root's. A root for which there are not enough drives becomes a directory.
+fn insert_disks(plan: &mut Plan, pod: &Pod) -> Result<(Option<File>, Vec<String>)> {
+    let held = plan.bundle.root_disk.as_ref().map(Root::hold).transpose()?;
+    let Some(missed) = insert_all(plan)? else {
+        let devices = plan.container.drives.iter().map(Drive::device).collect::<Result<_>>()?;
+        return Ok((held, devices));
+    };
+    let Plan { bundle, log, .. } = plan;
+    let none = format!(
+        "the microVM of container {}, which is joined, has no drive left (machine.spare_drives in the configuration)",
+        pod.owner
+    );
+    let missed = bundle.name_of_disk(missed);
+    let Some(root) = bundle.root_disk.take_if(|_| pod.server.is_some()) else {
+        return Err(Error::Usage(format!("{none} for {missed}")));
+    };
+    log.warn(&format!("{none}: the root file system is mounted here and shared with it"));
+    // Who holds it is in the way of who mounts it.
+    drop(held);
+    root.mount(&bundle.rootfs)?;
+    insert_disks(plan, pod)
+}
+
+/// Answers the number of the disk for which there was no drive; none is in one then.
+fn insert_all(plan: &mut Plan) -> Result<Option<usize>> {
+    let Plan { root, bundle, container, .. } = plan;
+    let control = container.control();
+    for (number, disk) in bundle.disks().into_iter().enumerate() {
+        match drives::insert(&control, disk)? {
+            Some(drive) => container.drives.push(drive),
+            None => {
+                // The guest knows nothing of them yet.
+                container.drives.drain(..).try_for_each(|drive| drive.eject(&control, true))?;
+                return Ok(Some(number));
+            }
+        }
+        // Whoever removes the container has to know.
+        root.save(container)?;
+    }
+    Ok(None)
 }
 
 fn configure(

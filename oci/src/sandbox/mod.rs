@@ -18,6 +18,7 @@ use bulkhead_protocol::agent::{
     ResizeTerminalRequest, SignalProcessRequest, Stdio, WaitProcessResponse,
 };
 use bulkhead_protocol::client::CallError;
+use bulkhead_runtime::drives::Drive;
 use bulkhead_runtime::guest::{Agent, Guest};
 use bulkhead_runtime::network::{self, NamespaceRef};
 use bulkhead_runtime::relay::{Ends, Relay, Streams};
@@ -206,14 +207,14 @@ impl Sandbox {
 
     /// From nothing to a held process.
     fn boot(&mut self) -> Result<()> {
-        let made = match &self.plan.container.pod {
+        let made = match self.plan.container.pod.clone() {
             None => Machine::make(&self.plan, &self.guest, &self.signals)?,
-            Some(pod) => Machine::join(&self.plan, pod)?,
+            Some(pod) => Machine::join(&mut self.plan, pod)?,
         };
         let (machine, root, spec) = made;
-        if let Some(server) = machine.server() {
+        if self.plan.container.pod.is_none() {
             // Others can join it from now on.
-            self.plan.container.server = Some(server);
+            (self.plan.container.up, self.plan.container.server) = (true, machine.server());
             self.plan.root.save(&self.plan.container)?;
         }
         let Plan { bundle, container, .. } = &self.plan;
@@ -225,6 +226,7 @@ impl Sandbox {
             rootfs: Some(root),
             stdio: Some(stdio),
             files: Vec::new(),
+            disks: container.drives.iter().map(Drive::to_message).collect::<Result<_>>()?,
             pause: bundle.vm.pause,
         };
         let _: CreateContainerResponse = agent.call("CreateContainer", &request).map_err(refused)?;

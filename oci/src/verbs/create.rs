@@ -12,7 +12,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use super::life;
 use crate::args::{Create, Run};
 use crate::cgroup::Cgroup;
-use crate::config::{Bundle, RootDisk};
+use crate::config::{Bundle, Root};
 use crate::sandbox::{self, GoOn, Plan, Says};
 use crate::store::{Container, Hooks, Status};
 use crate::{Context, hooks, pod};
@@ -49,21 +49,14 @@ fn make(context: &Context, wish: &Create, detach: bool) -> Result<i32> {
     if pod.is_some() {
         bundle.warn_of_what_the_pod_decides(&context.log, machine_mib);
     }
-    if let (Some(pod), Some(volume)) = (&pod, bundle.volumes.first()) {
-        return Err(Error::Usage(format!(
-            "linux.devices: {} is a disk, and the microVM of container {}, which is joined, takes none any more",
-            volume.path, pod.owner
-        )));
+    bundle.root_disk = wish.root_disk.as_deref().map(Root::parse).transpose()?;
+    if let Some(root) = &bundle.root_disk {
+        root.prepare(&context.settings)?;
     }
-    let disk = wish.root_disk.as_deref().map(RootDisk::parse).transpose()?;
+    if let Some(pod) = pod.as_ref().filter(|_| bundle.needs_shares()) {
+        pod.shares()?;
+    }
     let files = context.root.reserve(&wish.id)?;
-    match disk {
-        // A machine that is there takes no disk.
-        Some(disk) if pod.is_some() => {
-            disk.mount(&bundle.rootfs).inspect_err(|_| drop(context.root.remove(&wish.id)))?
-        }
-        disk => bundle.root_disk = disk,
-    }
     let container = Container {
         id: wish.id.clone(),
         status: Status::Creating,
@@ -82,6 +75,8 @@ fn make(context: &Context, wish: &Create, detach: bool) -> Result<i32> {
         cgroup: group.filter(|_| !context.rootless),
         machine_mib,
         server: None,
+        up: false,
+        drives: Vec::new(),
         pod,
         owner: rustix::process::getuid().as_raw(),
     };

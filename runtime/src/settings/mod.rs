@@ -67,6 +67,12 @@ pub struct Machine {
     /// Whether machines start from templates.
     #[serde(deserialize_with = "value::switch")]
     pub templates: bool,
+    /// Empty drives of a pod's machine, for the disks of containers that join it.
+    #[serde(deserialize_with = "value::drives")]
+    pub spare_drives: u8,
+    /// Whether a root of EROFS layers becomes disks.
+    #[serde(deserialize_with = "value::switch")]
+    pub erofs_disks: bool,
 }
 
 /// `[run]`
@@ -148,6 +154,8 @@ impl Default for Machine {
             kernel_parameters: String::new(),
             boot_timeout: 60,
             templates: true,
+            spare_drives: 4,
+            erofs_disks: true,
         }
     }
 }
@@ -191,6 +199,25 @@ impl Settings {
         }
     }
 
+    /// Those of the file in force, for who ends machines and removes what they leave: that must go on, whatever has been
+    /// written into the file meanwhile. Of one that makes no sense the directories and programs are taken as far as those
+    /// sections do by themselves, and defaults for the rest; the error comes along.
+    #[must_use]
+    pub fn load_what_makes_sense() -> (Self, Option<Error>) {
+        match Self::load() {
+            Ok(settings) => (settings, None),
+            Err(error) => {
+                let text = file().0.and_then(|path| text_of(&path).ok()).unwrap_or_default();
+                (Self::salvage(&text), Some(error))
+            }
+        }
+    }
+
+    fn salvage(text: &str) -> Self {
+        let of = |section: &str| Self::parse(&part(text, section)).unwrap_or_default();
+        Self { paths: of("paths").paths, programs: of("programs").programs, ..Self::default() }
+    }
+
     /// Those of one file; defaults if it need not be there and is not.
     fn read(path: &Path, must_exist: bool) -> Result<Self> {
         let failed = |source| Error::Io {
@@ -201,17 +228,12 @@ impl Settings {
             ),
             source,
         };
-        let file = match File::open(path) {
+        let text = match text_of(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound && !must_exist => {
                 return Ok(Self::default());
             }
             result => result.map_err(failed)?,
         };
-        let mut text = String::new();
-        file.take(MAX_BYTES + 1).read_to_string(&mut text).map_err(failed)?;
-        if text.len() as u64 > MAX_BYTES {
-            return Err(failed(io::Error::other(format!("it has more than {MAX_BYTES} bytes"))));
-        }
         Self::parse(&text).map_err(|why| Error::Usage(format!("{}:{why}", path.display())))
     }
 
@@ -232,6 +254,29 @@ impl Settings {
             }
         })
     }
+}
+
+fn text_of(path: &Path) -> io::Result<String> {
+    let mut text = String::new();
+    File::open(path)?.take(MAX_BYTES + 1).read_to_string(&mut text)?;
+    if text.len() as u64 > MAX_BYTES {
+        return Err(io::Error::other(format!("it has more than {MAX_BYTES} bytes")));
+    }
+    Ok(text)
+}
+
+/// The lines of one section, its head included.
+fn part(text: &str, section: &str) -> String {
+    let head = format!("[{section}]");
+    let mut within = false;
+    let lines = text.lines().filter(|line| {
+        let line = line.trim_start();
+        if line.starts_with('[') {
+            within = line.split('#').next().unwrap_or_default().trim_end() == head;
+        }
+        within
+    });
+    lines.map(|line| format!("{line}\n")).collect()
 }
 
 /// The file that is in force if it exists, and whether it has to. None: nothing is to be read.

@@ -35,6 +35,7 @@ fn what_makes_no_sense_is_told_with_line_and_key() {
         ("[machine]\nvcpus = -1\n", 2, ["vcpus = -1", "1 to 32"]),
         ("[machine]\nkernel = \"vmlinux\"", 2, ["kernel", "absolute"]),
         ("[machine]\nkernel_parameters = \"\\n\"", 2, ["kernel_parameters", "printable"]),
+        ("[machine]\nspare_drives = 9", 2, ["spare_drives", "0 to 8"]),
         ("[machine]\nboot_timeout = 0", 2, ["boot_timeout", "1 to 3600"]),
         ("[run]\nstorage = \"1k\"", 2, ["storage", "4m to 16t"]),
         ("[run]\nnetwork = \"host\"", 2, ["network", "passt"]),
@@ -71,9 +72,35 @@ fn a_file_that_is_named_has_to_be_there() {
     assert!(Settings::read(&path, false).is_err());
 }
 
+#[test]
+fn of_a_broken_file_the_directories_are_known_all_the_same() {
+    let good = "[paths]\nrun = \"/run/other\" # here\n";
+    for broken in [
+        "[machine]\nmemroy = \"1g\"\n",
+        "[machine]\nvcpus = = 2\n",
+        "[log\n",
+        "x\n",
+        "[run]\nnetwork = \"\"\"\n",
+    ] {
+        for text in
+            [format!("{broken}{good}"), format!("{good}{broken}"), format!("{good}\n  {broken}[run] # last")]
+        {
+            assert!(Settings::parse(&text).is_err(), "{text}");
+            // What follows without a head of its own is of the section, and may spoil it.
+            if broken != "x\n" {
+                assert_eq!(Settings::salvage(&text).paths.run, Path::new("/run/other"), "{text}");
+            }
+        }
+    }
+    assert_eq!(Settings::salvage("[paths]\nrun = 5\n[programs]\noci = \"/o\"").programs.oci, Path::new("/o"));
+    assert_eq!(Settings::salvage("[paths]\nrun = 5\n").paths, Paths::default());
+    assert_eq!(Settings::salvage("[paths]\nrun = \"/a\"\n[machine]\nvcpus = 9").machine, Machine::default());
+}
+
 proptest! {
     #[test]
     fn nothing_panics(text in "\\PC{0,40}", section in "(\\[(machine|run|log)\\])?\n", key in "[a-z]{0,8} ?=? ?") {
-        let _ = Settings::parse(&format!("{section}{key}{text}"));
+        let text = format!("{section}{key}{text}");
+        let _ = (Settings::parse(&text), Settings::salvage(&text));
     }
 }

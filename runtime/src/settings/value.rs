@@ -74,6 +74,10 @@ pub(super) fn vcpus<'de, D: Deserializer<'de>>(from: D) -> Result<u8, D::Error> 
     number(from, 1..=32)
 }
 
+pub(super) fn drives<'de, D: Deserializer<'de>>(from: D) -> Result<u8, D::Error> {
+    number(from, 0..=8)
+}
+
 pub(super) fn seconds<'de, D: Deserializer<'de>>(from: D) -> Result<u32, D::Error> {
     number(from, 1..=3600)
 }

@@ -34,7 +34,7 @@ impl Supervisor {
         let has_scratch = match copy {
             Some(copy) => copy.scratch(&files.scratch())?,
             None if storage > 0 => {
-                scratch::create(layout, &files.scratch(), storage)?;
+                scratch::create(layout, &files.scratch(), storage, scratch::Kind::Once)?;
                 true
             }
             None => false,
@@ -143,6 +143,7 @@ impl Supervisor {
                 .filter(|file| !options.covers(&file.path))
                 .collect(),
             pause: false,
+            disks: Vec::new(),
         };
         let _: CreateContainerResponse = agent.call("CreateContainer", &request).map_err(cannot_start)?;
         trace::mark("container created");

@@ -32,6 +32,7 @@ fn config(artefacts: &Artefacts, files: &Files, wanted: &Wanted<'_>) -> Config {
         id: disk.id.clone(),
         read_only: disk.read_only,
         empty: true,
+        removable: disk.removable,
         ..DiskConfig::default()
     };
     let cable =

@@ -27,9 +27,14 @@ pub struct DiskConfig {
     /// Files shown as partitions 1, 2, … of a disk with a GPT made by the monitor.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub layers: Vec<PathBuf>,
-    /// Nothing is in it: it has no sectors until a machine that goes on from this one's snapshot puts something in.
+    /// Nothing is in it: it has no sectors until something is put in, by a machine that goes on from this one's snapshot
+    /// or, if it is `removable`, while the machine runs.
     #[serde(default, skip_serializing_if = "is_false")]
     pub empty: bool,
+    /// The drive's disk can be put in and taken out while the machine runs (control socket: `insert-disk`,
+    /// `eject-disk`). The guest finds a drive that can be written, also while its disk is `read_only`.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub removable: bool,
 }
 
 fn is_false(value: &bool) -> bool {
@@ -158,7 +163,8 @@ impl NetworkConfig {
 }
 
 impl DiskConfig {
-    pub(super) fn check(&self) -> Result<()> {
+    /// Checks what can be checked without touching a file.
+    pub(crate) fn check(&self) -> Result<()> {
         let id = &self.id;
         if self.empty && (self.path.is_some() || !self.layers.is_empty()) {
             return Err(Error::Config(format!("disk {id:?} is \"empty\", yet has something in it")));

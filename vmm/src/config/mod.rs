@@ -22,7 +22,7 @@ pub const MAX_FILESYSTEMS: usize = 4;
 /// Most network interfaces a machine can have.
 pub const MAX_NETWORKS: usize = 8;
 /// Most disks, file systems and network interfaces together: interrupt lines.
-const MAX_DEVICES: usize = 16;
+pub const MAX_DEVICES: usize = 16;
 /// Range of MTUs: what IPv4 needs, what the header of an IP packet can say.
 const MTUS: std::ops::RangeInclusive<u16> = 68..=65535;
 /// MTU of Ethernet.

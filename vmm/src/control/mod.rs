@@ -13,17 +13,21 @@
 //! | `metrics` | what each device counted, and the timeline |
 //! | `pause`, `resume` | `{}`: all vCPUs stand still, or run |
 //! | `{"snapshot":{"directory":DIR,…}}` | [`Taken`]: the machine was saved, as [`SnapshotRequest`] says; before that, an answer with [`Progress`] when the guest goes on. A client that goes away gives it up |
+//! | `{"insert-disk":{"path":FILE}}` | [`Inserted`]: a removable drive that was empty has the disk FILE now; `"read_only":true`, and `"layers":[…]` instead of a path, as in the configuration |
+//! | `{"eject-disk":{"drive":ID}}` | `{}`: the drive is empty again, requests that wait have failed; with `"retire":true` it stays so for good |
 //! | `quit` | `{}`; then the monitor ends |
 
 mod client;
 pub mod server;
+
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
 use crate::config::MachineConfig;
 use crate::vcpu::Sample;
 
-pub use crate::machine::{SavedDisk, SnapshotRequest, Taken};
+pub use crate::machine::{Inserted, SavedDisk, SnapshotRequest, Taken};
 pub use client::{Client, ClientError};
 
 /// Longest request or answer line.
@@ -53,8 +57,44 @@ pub enum Method {
     Resume,
     /// Save the machine.
     Snapshot(SnapshotRequest),
+    /// Put a disk into an empty drive.
+    #[serde(rename = "insert-disk")]
+    InsertDisk(InsertRequest),
+    /// Take one out.
+    #[serde(rename = "eject-disk")]
+    EjectDisk(EjectRequest),
     /// End.
     Quit,
+}
+
+/// What is to be put into a drive.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct InsertRequest {
+    /// Absolute path of a raw image or block device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// Instead: absolute paths of files to be shown as partitions 1, 2, … of a read-only disk.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub layers: Vec<PathBuf>,
+    /// Whether the guest's writes are refused. Always true for `layers`.
+    #[serde(default)]
+    pub read_only: bool,
+}
+
+/// What is to be taken out.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EjectRequest {
+    /// Name of the drive, as [`Inserted`] had it.
+    pub drive: String,
+    /// The disk's own number, as [`Inserted`] had it: nothing happens to another one. Absent: whatever is in it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub insertion: Option<u64>,
+    /// Whether the drive stays empty from now on: for one whose guest has not let go of the disk, and may still hold back
+    /// writes to it, which the next disk must not get.
+    #[serde(default)]
+    pub retire: bool,
 }
 
 /// An answer: a result or an error. A snapshot has one before with neither, when the guest goes on.
@@ -97,4 +137,7 @@ pub struct Status {
     pub machine: MachineConfig,
     /// Names of the disks, in order.
     pub disks: Vec<String>,
+    /// How many drives wait for a disk.
+    #[serde(default)]
+    pub empty_drives: usize,
 }

@@ -19,8 +19,9 @@ use crate::timeline::now_ns;
 
 /// Most clients at a time.
 const MAX_CLIENTS: usize = 32;
-/// Longest request: an id and a method.
-const MAX_REQUEST: usize = 4096;
+/// Longest request: a disk of 128 layers with long paths. It is read in pieces.
+const MAX_REQUEST: usize = 128 << 10;
+const PIECE: usize = 4096;
 /// Bytes of console output in a status.
 const STATUS_TAIL: usize = 4096;
 
@@ -109,7 +110,7 @@ impl Service {
 
     /// Answers what a client asks. False when it is gone, or does not behave.
     fn talk(&mut self, client: &mut Client, ops: &mut EventOps) -> bool {
-        let mut chunk = [0; MAX_REQUEST];
+        let mut chunk = [0; PIECE];
         match client.stream.read(&mut chunk) {
             Ok(0) => return false,
             Ok(length) => client.partial.extend(chunk.get(..length).unwrap_or_default()),
@@ -187,7 +188,7 @@ impl Service {
         Some(job)
     }
 
-    fn perform(&self, method: Method) -> std::result::Result<Value, String> {
+    fn perform(&mut self, method: Method) -> std::result::Result<Value, String> {
         let Running { devices, vcpus, exit, timeline, .. } = &self.machine;
         match method {
             Method::Status => serde_json::to_value(self.status()).map_err(|error| error.to_string()),
@@ -200,6 +201,13 @@ impl Service {
             }
             // See `begin_job`.
             Method::Snapshot(_) => Err("a snapshot is not taken at once".to_owned()),
+            Method::InsertDisk(wish) => match self.machine.insert_disk(wish) {
+                Ok(inserted) => serde_json::to_value(inserted).map_err(|error| error.to_string()),
+                Err(error) => Err(chain(&error)),
+            },
+            Method::EjectDisk(wish) => {
+                self.machine.eject_disk(&wish).map(|()| json!({})).map_err(|error| chain(&error))
+            }
             Method::Quit => {
                 exit.request(Outcome::Quit);
                 Ok(json!({}))
@@ -218,6 +226,7 @@ impl Service {
             console_tail: devices.console().tail(STATUS_TAIL),
             machine: config.machine.clone(),
             disks: config.disks.iter().map(|disk| disk.id.clone()).collect(),
+            empty_drives: config.disks.iter().filter(|disk| disk.removable && disk.empty).count(),
         }
     }
 }

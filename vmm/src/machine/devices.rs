@@ -64,9 +64,11 @@ impl Devices {
 
         let mut slots = Slots { vm, memory, cmdline, mmio: Bus::default(), virtio: Vec::new() };
         for disk in &config.disks {
-            let block = match disk.empty {
-                true => Block::empty(&disk.id, disk.read_only),
-                false => Block::new(&disk.id, open_disk(disk)?),
+            let content = if disk.empty { None } else { Some(open_disk(disk)?) };
+            let block = match content {
+                content if disk.removable => Block::removable(&disk.id, content),
+                Some(content) => Block::new(&disk.id, content),
+                None => Block::empty(&disk.id, disk.read_only),
             };
             slots.attach(Box::new(block))?;
         }
@@ -86,6 +88,15 @@ impl Devices {
         slots.attach(Box::new(Console::new(outlet, config.console.input, exit.clone())))?;
         let Slots { mmio, virtio, .. } = slots;
         Ok(Self { ports: Arc::new(ports), mmio: Arc::new(mmio), virtio, console })
+    }
+
+    /// Changes what is in drive `number`, counted from 0 in the order of the configuration's disks. Nothing happens to a
+    /// machine that has fewer.
+    pub(super) fn change_disk(&self, number: usize, disk: Option<Disk>) {
+        // They come first of all devices.
+        if let Some(drive) = self.virtio.get(number) {
+            drive.change_disk(disk);
+        }
     }
 
     /// The state of the virtio devices.

@@ -1,8 +1,10 @@
 //! The recipe: how a microVM is made, runs and ends. Read [`Machine::build`] top to bottom.
 
 mod devices;
+mod drives;
 mod save;
 
+use std::collections::BTreeMap;
 use std::os::fd::{FromRawFd, IntoRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::panic::resume_unwind;
@@ -27,6 +29,7 @@ use crate::timeline::Timeline;
 use crate::vcpu::{Vcpu, Vcpus};
 pub use devices::Devices;
 use devices::{inherited, open_disk};
+pub use drives::Inserted;
 pub use save::{SavedDisk, Saving, SnapshotRequest, Taken};
 
 /// A vCPU, and what it was told that it is.
@@ -197,6 +200,7 @@ impl Machine {
                 timeline: Arc::clone(&timeline),
                 memory,
                 base,
+                insertions: BTreeMap::new(),
                 kvm,
                 vm,
             };
@@ -254,6 +258,8 @@ pub struct Running {
     pub memory: Arc<GuestMemory>,
     /// What of it was mapped from a snapshot.
     pub base: Vec<Extent>,
+    /// The disks that were put into drives, by the drive's number.
+    insertions: BTreeMap<usize, u64>,
     kvm: Kvm,
     vm: VmFd,
 }

@@ -178,6 +178,7 @@ mod tests {
 
     use super::*;
     use std::os::unix::net::UnixStream;
+    use std::path::Path;
 
     use crate::config::{FilesystemConfig, Input, Output};
     use crate::devices::console_output::{ConsoleOutput, Outlet};
@@ -286,13 +287,34 @@ mod tests {
     /// Anything a guest can do to a device.
     #[derive(Debug, Clone)]
     enum Move {
-        Descriptor { queue: u32, index: u16, address: u64, length: u32, flags: u16, next: u16 },
-        Available { queue: u32, head: u16 },
-        Index { queue: u32, index: u16 },
+        Descriptor {
+            queue: u32,
+            index: u16,
+            address: u64,
+            length: u32,
+            flags: u16,
+            next: u16,
+        },
+        Available {
+            queue: u32,
+            head: u16,
+        },
+        Index {
+            queue: u32,
+            index: u16,
+        },
         Kick(u32),
-        Register { offset: u64, value: u32 },
-        Memory { address: u64, value: u64 },
+        Register {
+            offset: u64,
+            value: u32,
+        },
+        Memory {
+            address: u64,
+            value: u64,
+        },
         Start,
+        /// What the host does: another disk of so many sectors in the drive, or none.
+        Disk(Option<u8>),
     }
 
     fn moves() -> impl Strategy<Value = Vec<Move>> {
@@ -310,11 +332,13 @@ mod tests {
                 .prop_map(|(offset, value)| Move::Register { offset, value }),
             4 => (DATA..DATA + 128, prop_oneof![0_u64..16, any::<u64>()]).prop_map(|(address, value)| Move::Memory { address, value }),
             1 => Just(Move::Start),
+            1 => proptest::option::of(1..20_u8).prop_map(Move::Disk),
         ];
         proptest::collection::vec(one, 1..80)
     }
 
-    fn play(driver: &mut Driver, moves: &[Move]) {
+    fn play(driver: &mut Driver, moves: &[Move], place: &Path) {
+        let mut made = Vec::new();
         for one in moves {
             match *one {
                 Move::Descriptor { queue, index, address, length, flags, next } => {
@@ -326,7 +350,20 @@ mod tests {
                 Move::Register { offset, value } => driver.write(offset, value),
                 Move::Memory { address, value } => driver.put(address, &value.to_le_bytes()),
                 Move::Start => driver.start(),
+                Move::Disk(sectors) => {
+                    let disk = sectors.map(|sectors| {
+                        let path = place.join(format!("disk{}", made.len()));
+                        std::fs::write(&path, vec![0; usize::from(sectors) * 512]).unwrap();
+                        let disk = Disk::raw(&path, false).unwrap();
+                        made.push((path, u64::from(sectors) * 512));
+                        disk
+                    });
+                    driver.transport.change_disk(disk);
+                }
             }
+        }
+        for (path, bytes) in made {
+            assert_eq!(std::fs::metadata(path).unwrap().len(), bytes);
         }
         // Whatever happened, a reset makes it as new.
         driver.start();
@@ -362,7 +399,7 @@ mod tests {
                 Box::new(fs),
             ];
             for device in devices {
-                play(&mut Driver::new(device), &moves);
+                play(&mut Driver::new(device), &moves, dir.path());
             }
         }
     }

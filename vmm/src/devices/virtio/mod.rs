@@ -133,6 +133,13 @@ pub trait VirtioDevice: Send {
     fn host_event(&mut self, _fd: RawFd) -> Result<Progress, GuestError> {
         Ok(Progress::Done)
     }
+    /// Changes what is in a drive: another disk, or none. Only drives are asked to.
+    ///
+    /// # Errors
+    /// As [`Self::queue_event`]. The disk is changed all the same.
+    fn change_disk(&mut self, _disk: Option<Disk>) -> Result<Progress, GuestError> {
+        Ok(Progress::Done)
+    }
     /// The machine ends: hands on, within bounded time, what the guest has given it already.
     fn finish(&mut self) {}
     /// What is in it, if it is a drive and not empty.

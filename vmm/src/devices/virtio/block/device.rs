@@ -40,9 +40,19 @@ impl Block {
         Self::drive(id, disk.read_only(), Some(disk))
     }
 
+    /// A device called `id` whose disk can be changed while the machine runs. It is offered as writable, whatever is in it:
+    /// a driver asks for that once. Writes to a disk that is read-only are answered with an error.
+    pub fn removable(id: &str, disk: Option<Disk>) -> Self {
+        Self::drive(id, false, disk)
+    }
+
     /// A device called `id` with nothing in it: no sector can be read or written.
     pub fn empty(id: &str, read_only: bool) -> Self {
         Self::drive(id, read_only, None)
+    }
+
+    fn sectors(disk: Option<&Disk>) -> u64 {
+        disk.map_or(0, Disk::length) / SECTOR
     }
 
     fn drive(id: &str, read_only: bool, disk: Option<Disk>) -> Self {
@@ -54,7 +64,7 @@ impl Block {
         }
         Self {
             name: id.to_owned(),
-            config: config_space(disk.as_ref().map_or(0, Disk::length) / SECTOR),
+            config: config_space(Self::sectors(disk.as_ref())),
             disk: disk.map(Arc::new),
             features,
             handler: None,
@@ -126,6 +136,25 @@ impl VirtioDevice for Block {
 
     fn disk(&self) -> Option<Arc<Disk>> {
         self.disk.clone()
+    }
+
+    fn change_disk(&mut self, disk: Option<Disk>) -> Result<Progress, GuestError> {
+        self.disk = None;
+        let worked_off = match &mut self.handler {
+            Some(handler) => {
+                handler.disk = None;
+                // Requests that wait were meant for the disk that was there: they end with an error, and none of them comes
+                // to the next one.
+                handler.process()
+            }
+            None => Ok(Progress::Done),
+        };
+        self.config = config_space(Self::sectors(disk.as_ref()));
+        self.disk = disk.map(Arc::new);
+        if let Some(handler) = &mut self.handler {
+            handler.disk.clone_from(&self.disk);
+        }
+        worked_off
     }
 
     fn metrics(&self) -> serde_json::Value {

@@ -3,6 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -64,7 +65,7 @@ impl Disk {
     /// # Errors
     /// When it cannot be opened that way, or is empty.
     pub fn raw(path: &Path, read_only: bool) -> io::Result<Self> {
-        let mut file = OpenOptions::new().read(true).write(!read_only).open(path)?;
+        let mut file = open(path, !read_only)?;
         // Unlike the file's metadata, this is right for block devices too.
         let length = file.seek(SeekFrom::End(0))? / SECTOR * SECTOR;
         if length == 0 {
@@ -81,7 +82,7 @@ impl Disk {
         let mut files = Vec::with_capacity(layers.len());
         for path in layers {
             let open = || {
-                let mut file = File::open(path)?;
+                let mut file = open(path, false)?;
                 let length = file.seek(SeekFrom::End(0))?.next_multiple_of(LAYER_ALIGNMENT);
                 if length == 0 {
                     return Err(io::Error::new(ErrorKind::InvalidData, "it is empty"));
@@ -286,6 +287,16 @@ impl Source {
             }
         }
     }
+}
+
+/// Opens a file or block device, and nothing that would keep a running machine waiting.
+fn open(path: &Path, write: bool) -> io::Result<File> {
+    let file = OpenOptions::new().read(true).write(write).custom_flags(libc::O_NONBLOCK).open(path)?;
+    let kind = file.metadata()?.file_type();
+    if kind.is_file() || kind.is_block_device() {
+        return Ok(file);
+    }
+    Err(io::Error::new(ErrorKind::InvalidInput, "it is neither a file nor a block device"))
 }
 
 /// Splits buffers after `at` bytes.

@@ -7,5 +7,7 @@ pub mod gpt;
 mod handler;
 mod metrics;
 mod request;
+#[cfg(test)]
+mod tests;
 
 pub use device::Block;

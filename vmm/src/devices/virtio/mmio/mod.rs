@@ -5,7 +5,7 @@ mod state;
 
 use std::io;
 use std::os::fd::RawFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use serde_json::json;
@@ -14,12 +14,13 @@ use vmm_sys_util::eventfd::EventFd;
 
 pub use state::TransportState;
 
+use super::block::disk::Disk;
 use super::interrupt::Interrupt;
 use super::{Activation, GuestError, Progress, VirtioDevice};
 use crate::bus::BusDevice;
-use crate::devices::virtio::block::disk::Disk;
 use crate::memory::GuestMemory;
 use crate::sync::lock;
+use crate::timeline::now_ns;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 const VERSION: u32 = 2;
@@ -79,6 +80,9 @@ pub struct MmioTransport {
     kick_count: AtomicU64,
     /// The configuration space is not what the driver saw before it was saved.
     changed: AtomicBool,
+    /// Another one after each change of the configuration space: a driver that reads it meanwhile begins anew. It starts
+    /// anywhere, so that a driver that goes on from a snapshot sees another one, too.
+    generation: AtomicU32,
 }
 
 struct State {
@@ -127,6 +131,7 @@ impl MmioTransport {
             remote,
             kick_count: AtomicU64::new(0),
             changed: AtomicBool::new(false),
+            generation: AtomicU32::new(now_ns() as u32),
         })
     }
 
@@ -171,6 +176,23 @@ impl MmioTransport {
         let mut state = lock(&self.state);
         let result = state.device.host_event(fd);
         self.conclude(&mut state, result)
+    }
+
+    /// Changes what is in a drive, and tells the driver to look. Called in the event loop's thread, where requests are
+    /// carried out: none is half-way.
+    pub fn change_disk(&self, disk: Option<Disk>) {
+        let mut state = lock(&self.state);
+        let result = state.device.change_disk(disk);
+        if self.conclude(&mut state, result) == Progress::More {
+            for kick in self.kicks.iter() {
+                // Never read, but also never written often enough to be full.
+                let _ = kick.write(1);
+            }
+        }
+        self.generation.fetch_add(1, Ordering::Release);
+        if state.status & status::DRIVER_OK != 0 {
+            self.interrupt.config_change();
+        }
     }
 
     /// The machine ends: everything that the guest has put into queues is worked off, notified or not.
@@ -327,7 +349,6 @@ impl State {
             register::QUEUE_READY if self.active => 1,
             register::QUEUE_READY => self.selected_queue().map_or(0, |queue| u32::from(queue.ready())),
             register::STATUS => self.status,
-            register::CONFIG_GENERATION => 0,
             // "Does not exist"; 0 would be a region of no bytes, which Linux takes for a broken device.
             register::SHM_FIRST..=register::SHM_LAST => u32::MAX,
             _ => 0,
@@ -377,6 +398,11 @@ impl BusDevice for MmioTransport {
         }
         let value = match offset {
             register::INTERRUPT_STATUS => self.interrupt.status(),
+            register::CONFIG_GENERATION => {
+                // With the lock: not in the middle of a change.
+                let _state = lock(&self.state);
+                self.generation.load(Ordering::Acquire)
+            }
             _ => lock(&self.state).read_register(offset),
         };
         // Registers are 32 bits wide and must be read so.
