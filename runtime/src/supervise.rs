@@ -175,6 +175,7 @@ impl Supervisor {
         self.configure(&mut agent)?;
         let relay = self.start_container(&mut agent)?;
         trace::mark("container started");
+        monitor.teach_template();
         self.plan.record.status = Status::Running;
         self.plan.record.started_ns = now_ns();
         self.plan.record.save(&self.plan.files)?;

@@ -13,6 +13,7 @@
 //! | `metrics` | what each device counted, and the timeline |
 //! | `pause`, `resume` | `{}`: all vCPUs stand still, or run |
 //! | `{"snapshot":{"directory":DIR}}` | [`Taken`]: the machine was saved to the directory DIR, which did not exist |
+//! | `working-set` | bytes of memory the machine has written to since it went on from its snapshot, which are noted there |
 //! | `quit` | `{}`; then the monitor ends |
 
 mod client;
@@ -53,6 +54,9 @@ pub enum Method {
     Pause,
     /// Run again.
     Resume,
+    /// Note beside the snapshot from which the machine went on which memory it has written to.
+    #[serde(rename = "working-set")]
+    WorkingSet,
     /// Save the machine.
     Snapshot(SnapshotRequest),
     /// End.

@@ -142,6 +142,10 @@ impl Service {
                 Ok(taken) => serde_json::to_value(taken).map_err(|error| error.to_string()),
                 Err(error) => Err(chain(&error)),
             },
+            Method::WorkingSet => {
+                let bytes = self.machine.record_working_set().map_err(|error| chain(&error))?;
+                Ok(json!({ "bytes": bytes }))
+            }
             Method::Quit => {
                 exit.request(Outcome::Quit);
                 Ok(json!({}))
