@@ -51,6 +51,7 @@ fn all_but_the_first_start_from_it_and_none_is_like_another(host: &Host) -> Resu
     let (_, first) = traced(host, &[], "true")?;
     ensure!(first.contains("template made") && first.contains("snapshot-read"), "{first:?}");
     let [template] = &templates()?[..] else { anyhow::bail!("not one template: {:?}", templates()?) };
+    ensure!(first.contains("template taught") && template.join("working-set").exists(), "{first:?}");
     ensure!(host.run(["pgrep", "bulkhead-vmm"])?.status == 1, "the machine that it was made of is left");
 
     let mut seen = BTreeSet::new();
@@ -58,6 +59,7 @@ fn all_but_the_first_start_from_it_and_none_is_like_another(host: &Host) -> Resu
         let (finished, marks) = traced(host, &[], IDENTITY)?;
         ensure!(marks.contains("template found") && marks.contains("snapshot-read"), "{marks:?}");
         ensure!(!marks.contains("kernel-loaded"), "it booted: {marks:?}");
+        ensure!(marks.contains("populated") && !marks.contains("template taught"), "{marks:?}");
         let text = finished.stdout();
         let [boot, random, hostname, time, uptime, uuid] = text.lines().collect::<Vec<_>>()[..] else {
             anyhow::bail!("{text}")

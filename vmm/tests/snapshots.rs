@@ -311,3 +311,52 @@ fn a_full_disk_leaves_the_machine_running_and_no_snapshot() {
 fn save(directory: std::path::PathBuf) -> Method {
     Method::Snapshot(SnapshotRequest { directory, durable: false, disks: Vec::new() })
 }
+
+#[test]
+fn what_one_machine_wrote_to_the_next_has_from_the_start() {
+    if !kvm() {
+        return;
+    }
+    let place = Place::new();
+    let guest = Guest::new().print("a").count(100_000).fill(KEPT, 32 << 10).print("b").spin();
+    let (mut child, mut client) = start(&place, &guest, &["--memory", "64"]);
+    let error = client.call(Method::WorkingSet).unwrap_err().to_string();
+    assert!(error.contains("it has booted"), "{error}");
+    let directory = place.path("saved");
+    client.call(save(directory.clone())).unwrap();
+    client.call(Method::Quit).unwrap();
+    child.wait().unwrap();
+
+    let socket = place.path("control2");
+    // Goes on until it has written; answers what the monitor had to say of it.
+    let go_on = |last: &mut dyn FnMut(&mut Client)| {
+        let mut child = restore(&place, &directory).arg("--control").arg(&socket).spawn().unwrap();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let mut client = loop {
+            if let Ok(mut client) = Client::connect(&socket)
+                && client.status().is_ok_and(|status| status.console_tail.contains('b'))
+            {
+                break client;
+            }
+            assert!(child.try_wait().unwrap().is_none() && Instant::now() < deadline);
+            thread::sleep(Duration::from_millis(2));
+        };
+        last(&mut client);
+        client.call(Method::Quit).unwrap();
+        child.wait().unwrap();
+        report(&place)["timeline"].to_string()
+    };
+    let mut noted = 0;
+    let marks = go_on(&mut |client| {
+        noted = client.call(Method::WorkingSet).unwrap()["bytes"].as_u64().unwrap();
+    });
+    // Not mapped from the snapshot before, so that it may have got a huge page.
+    assert!((32 << 10..8 << 20).contains(&noted), "{noted}");
+    assert!(!marks.contains("populated"), "{marks}");
+    let marks = go_on(&mut |_| ());
+    assert!(marks.contains("populated"), "{marks}");
+    // One that cannot be read is no reason not to go on.
+    fs::write(directory.join("working-set"), "nonsense").unwrap();
+    let marks = go_on(&mut |_| ());
+    assert!(!marks.contains("populated"), "{marks}");
+}

@@ -143,6 +143,13 @@ impl Machine {
         }
     }
 
+    /// See [`Monitor::teach_template`]; a machine of another's is taught by its owner.
+    pub(super) fn teach_template(&self) {
+        if let Self::Own { monitor, .. } = self {
+            monitor.teach_template();
+        }
+    }
+
     /// Ends one's own machine with its writes on the host's disk, or leaves that of another. Answers the monitor's
     /// timeline, if one was asked for.
     pub(super) fn put_away(self, guest: &Guest, container: &Container) -> Option<Value> {

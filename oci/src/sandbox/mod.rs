@@ -310,6 +310,9 @@ impl Sandbox {
         let request = ContainerRequest { container: guest_id(&container.id) };
         let _: Empty = agent.call("StartContainer", &request).map_err(refused)?;
         trace::mark("container started");
+        if let Some(vm) = &self.vm {
+            vm.machine.teach_template();
+        }
         self.set_status(Status::Running)?;
         Ok(relay)
     }

@@ -182,6 +182,7 @@ impl Supervisor {
             }
         };
         trace::mark("container started");
+        monitor.teach_template();
         self.plan.record.status = Status::Running;
         self.plan.record.started_ns = now_ns();
         self.plan.record.save(&self.plan.files)?;

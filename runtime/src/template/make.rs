@@ -1,4 +1,4 @@
-//! Makes a template: boots a machine with nothing in it and saves it when its agent is up.
+//! Makes a template: boots a machine with nothing in it and saves it when its agent is up and has had its rehearsal.
 
 use std::fs;
 use std::os::fd::AsFd;
@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use vmm::config::{Config, DiskConfig, NetworkConfig};
 use vmm::control::{Client, ClientError, Method, SnapshotRequest};
 
+use super::rehearse::rehearse;
 use super::{Failed, Wanted, empty_share, forget_failure};
 use crate::monitor::{Monitor, outline};
 use crate::state::{Files, private_dir};
@@ -69,9 +70,11 @@ pub(super) fn make(
     let run = layout.run.join(format!("{PREFIX}{}", name.map(|byte| format!("{byte:02x}")).concat()));
     private_dir(&run)?;
     let files = Files { dir: run.clone(), run: run.clone() };
-    let made = boot(artefacts, &files, wanted, interrupt, given_up)
-        .map_err(Failed::Boot)
-        .and_then(|monitor| Ok(save(monitor, &files, directory)?));
+    let made =
+        boot(artefacts, &files, wanted, interrupt, given_up).map_err(Failed::Boot).and_then(|monitor| {
+            rehearse(&files)?;
+            Ok(save(monitor, &files, directory)?)
+        });
     let _ = fs::remove_dir_all(&run);
     made?;
     if let Some(home) = directory.parent() {

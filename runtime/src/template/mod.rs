@@ -7,6 +7,7 @@
 
 mod key;
 mod make;
+mod rehearse;
 
 use std::fs::{self, File};
 use std::io;

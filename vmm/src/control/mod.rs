@@ -15,6 +15,7 @@
 //! | `{"snapshot":{"directory":DIR,…}}` | [`Taken`]: the machine was saved, as [`SnapshotRequest`] says; before that, an answer with [`Progress`] when the guest goes on. A client that goes away gives it up |
 //! | `{"insert-disk":{"path":FILE}}` | [`Inserted`]: a removable drive that was empty has the disk FILE now; `"read_only":true`, and `"layers":[…]` instead of a path, as in the configuration |
 //! | `{"eject-disk":{"drive":ID}}` | `{}`: the drive is empty again, requests that wait have failed; with `"retire":true` it stays so for good |
+//! | `working-set` | bytes of memory the machine has written to since it went on from its snapshot, which are noted there |
 //! | `quit` | `{}`; then the monitor ends |
 
 mod client;
@@ -55,6 +56,9 @@ pub enum Method {
     Pause,
     /// Run again.
     Resume,
+    /// Note beside the snapshot from which the machine went on which memory it has written to.
+    #[serde(rename = "working-set")]
+    WorkingSet,
     /// Save the machine.
     Snapshot(SnapshotRequest),
     /// Put a disk into an empty drive.

@@ -208,6 +208,10 @@ impl Service {
             Method::EjectDisk(wish) => {
                 self.machine.eject_disk(&wish).map(|()| json!({})).map_err(|error| chain(&error))
             }
+            Method::WorkingSet => {
+                let bytes = self.machine.record_working_set().map_err(|error| chain(&error))?;
+                Ok(json!({ "bytes": bytes }))
+            }
             Method::Quit => {
                 exit.request(Outcome::Quit);
                 Ok(json!({}))

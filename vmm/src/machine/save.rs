@@ -19,7 +19,7 @@ use crate::arch::state::{VmState, msr_indices};
 use crate::config::MachineConfig;
 use crate::error::{Error, Result};
 use crate::memory::Backing;
-use crate::snapshot::{DISK, Draft, Identity, Opened, Snapshot};
+use crate::snapshot::{DISK, Draft, Identity, Opened, Snapshot, working_set};
 use crate::timeline::now_ns;
 use part::{Copied, Part};
 
@@ -184,6 +184,26 @@ impl Saving {
     }
 }
 
+impl Running {
+    /// Notes in the snapshot from which the machine went on what it has written to until now: see [`working_set`]. Answers how
+    /// many bytes.
+    ///
+    /// # Errors
+    /// When it has booted, or the snapshot is not there any more or cannot be written to.
+    pub fn record_working_set(&self) -> Result<u64> {
+        let Some(directory) = &self.config.restore else {
+            return Err(Error::Unsaveable("it has booted: no snapshot wants to know its working set".into()));
+        };
+        let identity = Opened::open(directory)?.snapshot.identity;
+        let what = "snapshot, to note a working set in";
+        working_set::record(&self.memory, directory, identity).map_err(|source| Error::Input {
+            what,
+            path: directory.clone(),
+            source,
+        })
+    }
+}
+
 fn identity() -> Result<Identity> {
     let mut identity = Identity::default();
     File::open("/dev/urandom")
@@ -193,27 +213,41 @@ fn identity() -> Result<Identity> {
 }
 
 impl Opened {
-    /// Whether a machine of this shape can go on from the snapshot on a host whose KVM supports these features.
+    /// Whether a machine of this shape can go on from the snapshot.
     ///
     /// # Errors
     /// What does not fit.
-    pub fn fits(&self, machine: &MachineConfig, supported: &CpuId) -> Result<()> {
-        let bad = |why| Err(Error::Snapshot { directory: self.directory.clone(), why });
+    pub fn fits_shape(&self, machine: &MachineConfig) -> Result<()> {
         let Snapshot { vcpus, memory_bytes, .. } = &self.snapshot;
-        if vcpus.len() != usize::from(machine.vcpus) || *memory_bytes != machine.memory_bytes() {
-            return bad(format!(
-                "it is of a machine with {} vCPUs and {} MiB, the configuration says {} and {} MiB",
-                vcpus.len(),
-                memory_bytes >> 20,
-                machine.vcpus,
-                machine.memory_mib
-            ));
+        if vcpus.len() == usize::from(machine.vcpus) && *memory_bytes == machine.memory_bytes() {
+            return Ok(());
         }
-        let missing =
-            vcpus.first().map_or_else(Vec::new, |vcpu| vcpu.features_missing_from(supported.as_slice()));
+        self.unfit(format!(
+            "it is of a machine with {} vCPUs and {} MiB, the configuration says {} and {} MiB",
+            vcpus.len(),
+            memory_bytes >> 20,
+            machine.vcpus,
+            machine.memory_mib
+        ))
+    }
+
+    /// Whether its guest can go on on a host whose KVM supports these features.
+    ///
+    /// # Errors
+    /// What this host lacks.
+    pub fn fits_features(&self, supported: &CpuId) -> Result<()> {
+        let first = self.snapshot.vcpus.first();
+        let missing = first.map_or_else(Vec::new, |vcpu| vcpu.features_missing_from(supported.as_slice()));
         if missing.is_empty() {
             return Ok(());
         }
-        bad(format!("its guest uses what this host's processor or KVM does not have: {}", missing.join(", ")))
+        self.unfit(format!(
+            "its guest uses what this host's processor or KVM does not have: {}",
+            missing.join(", ")
+        ))
+    }
+
+    fn unfit(&self, why: String) -> Result<()> {
+        Err(Error::Snapshot { directory: self.directory.clone(), why })
     }
 }

@@ -52,9 +52,22 @@ pub fn check(snapshot: &Snapshot) -> Result<(), String> {
     if bytes == 0 || !bytes.is_multiple_of(1 << 20) || bytes >> 20 > layout::MAX_MEMORY_MIB {
         return Err(format!("its memory of {bytes} bytes is none that a machine can have"));
     }
+    check_extents(bytes, &snapshot.extents)?;
+    if snapshot.extents.len() > MAX_EXTENTS {
+        Err("it has too many pieces of memory".to_owned())
+    } else {
+        Ok(())
+    }
+}
+
+/// Checks that `extents` lie in `bytes` of memory, in order, none across two ranges.
+///
+/// # Errors
+/// That they do not.
+pub fn check_extents(bytes: u64, extents: &[Extent]) -> Result<(), String> {
     let ranges = places(bytes);
     let mut end = 0;
-    for extent in &snapshot.extents {
+    for extent in extents {
         let aligned = extent.offset.is_multiple_of(PAGE) && extent.length.is_multiple_of(PAGE);
         let inside = |(start, length): &(u64, u64)| extent.offset >= *start && extent.end() <= start + length;
         if !aligned || extent.length == 0 || extent.offset < end || !ranges.iter().any(inside) {
@@ -62,11 +75,7 @@ pub fn check(snapshot: &Snapshot) -> Result<(), String> {
         }
         end = extent.end();
     }
-    if snapshot.extents.len() > MAX_EXTENTS {
-        Err("it has too many pieces of memory".to_owned())
-    } else {
-        Ok(())
-    }
+    Ok(())
 }
 
 /// Checks that `file` is the memory of `snapshot`.

@@ -4,12 +4,14 @@
 //! |---|---|
 //! | `state` | everything but memory: see [`Snapshot`] and, for its form, [`mod@file`] |
 //! | `memory` | the guest's memory, see [`mod@memory`] |
+//! | `working-set` | perhaps: which of it is written to first, see [`mod@working_set`] |
 //!
 //! The directory appears under its name when it is complete, never before. docs/snapshots.md says what is compatible with
 //! what.
 
 pub mod file;
 pub mod memory;
+pub mod working_set;
 
 use std::fs::{self, File};
 use std::io::{self, Write};
