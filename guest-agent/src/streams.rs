@@ -10,6 +10,7 @@ use bulkhead_protocol::agent::{StreamHello, StreamReply, stream_hello::Kind};
 use bulkhead_protocol::stream::MAX_HELLO;
 use prost::Message;
 use rustix::io::Errno;
+use rustix::net::{RecvFlags, recv};
 
 use crate::agent::{Agent, Source};
 use crate::container::process::{Slot, State};
@@ -239,8 +240,24 @@ impl Agent {
         }
     }
 
+    /// Lets go of the connection of a process's stream if it is one of the machine that this one is a copy of. One that is only written to
+    /// does not show that by itself.
+    fn lose_if_of_the_past(&mut self, process: u32, kind: Kind) {
+        let lost = self.streams.iter().find_map(|(&id, stream)| match &stream.phase {
+            Phase::Open(relay) if relay.process == process && relay.kind == kind => {
+                let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+                recv(&stream.socket, &mut [0; 1], flags).is_err_and(is_of_the_past).then_some(id)
+            }
+            _ => None,
+        });
+        if let Some(id) = lost {
+            self.lose_stream(id);
+        }
+    }
+
     /// Joins a connection with its process's stream.
     fn attach(&mut self, id: u32, process_id: u32, kind: Kind) -> Result<()> {
+        self.lose_if_of_the_past(process_id, kind);
         let process =
             self.processes.get_mut(&process_id).ok_or_else(|| Error::not_found("no such process"))?;
         let (name, ended) = (process.name(), process.state.has_ended());

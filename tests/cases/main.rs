@@ -36,6 +36,7 @@ mod real_images;
 mod run;
 mod settings;
 mod shim;
+mod snapshots;
 mod templates;
 mod terminal;
 mod virtio_fs;

@@ -86,6 +86,8 @@ impl Place {
 impl Drop for Place {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.path);
+        // The last one leaves nothing at all.
+        let _ = self.path.parent().map(fs::remove_dir);
     }
 }
 
