@@ -247,7 +247,7 @@ fn daemon(host: &Host, program: &str) -> Result<Daemon> {
     if !bin.join("sleep").exists() {
         symlink("busybox", bin.join("sleep"))?;
     }
-    let layer = oci_image::Layer::from_dir(&host.work().join("pause"), &oci_image::Owners::default())?;
+    let layer = oci_image::Layer::stored(&host.work().join("pause"), &oci_image::Owners::default())?;
     let config = json!({"Entrypoint": ["sleep", "1000000"], "Env": ["PATH=/bin"]});
     let pause = oci_image::Image { name: "pause:latest".into(), layers: vec![layer], config };
     let file = host.work().join("pause.tar");

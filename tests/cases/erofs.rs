@@ -39,7 +39,7 @@ fn image(host: &Host) -> Result<String> {
     {
         fs::write(high.join(file), text)?;
     }
-    let layer = |dir| Layer::from_dir(dir, &Owners::default());
+    let layer = |dir| Layer::stored(dir, &Owners::default());
     let config = json!({"Env": ["PATH=/bin"], "Cmd": ["sh"]});
     let image = Image { name: "layers:latest".into(), layers: vec![layer(&low)?, layer(&high)?], config };
     let file = host.work().join("layers.tar");
