@@ -137,6 +137,7 @@ fn what_does_not_fit_is_refused_and_leaves_nothing(host: &Host) -> Result<()> {
     ensure!(left_in(disk.path())?.iter().all(|name| name == "lost+found"), "{:?}", left_in(disk.path())?);
     host.bulkhead(["exec", "good", "echo", "well"])?.ok()?.stdout_is("well\n")?;
     drop(disk);
+    fs::remove_dir(host.work().join("small-disk"))?;
 
     let good = path("good");
     host.bulkhead(["snapshot", "good", &good])?.ok()?;
@@ -237,7 +238,9 @@ fn whoever_is_killed_while_it_is_saved_nothing_half_made_stays(host: &Host) -> R
         ensure!(left_in(host.work())?.is_empty(), "{:?}", left_in(host.work())?);
     }
     host.bulkhead(["rm", "-f", "victim"])?.ok()?;
-    host.eventually("all monitors to be gone", PATIENCE, || Ok(host.run(["pgrep", "bulkhead-vmm"])?.status == 1))?;
+    host.eventually("all monitors to be gone", PATIENCE, || {
+        Ok(host.run(["pgrep", "bulkhead-vmm"])?.status == 1)
+    })?;
 
     // Killed between the snapshot and its copies: the next fork clears away what is left.
     begin("victim")?;

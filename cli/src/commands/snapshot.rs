@@ -1,7 +1,7 @@
 //! `bulkhead snapshot`, `restore` and `fork`.
 
 use bulkhead_runtime::snapshot::{self, Summary, Wishes};
-use bulkhead_runtime::{Layout, Settings, doctor};
+use bulkhead_runtime::{Error, Layout, Settings, doctor};
 
 use super::run::finish;
 use super::{lookup, store};
@@ -11,7 +11,7 @@ use crate::table;
 
 pub fn snapshot(layout: &Layout, args: &SnapshotArgs) -> Outcome {
     let take = || snapshot::take(layout, &lookup(layout, &args.container)?, &args.directory, true);
-    let summary = take().map_err(Failure::plain)?;
+    let summary = take().map_err(failed)?;
     say(&summary);
     table::print(&format!("{}\n", args.directory.display()))?;
     Ok(0)
@@ -34,7 +34,7 @@ pub fn fork(layout: &Layout, settings: &Settings, args: ForkArgs) -> Outcome {
     let record = lookup(layout, &args.container).map_err(Failure::plain)?;
     let wishes = Wishes { name: args.name, auto_remove: args.rm, ..Wishes::default() };
     let forked = snapshot::fork(layout, &store(layout)?, &record, args.count, &wishes, settings)
-        .map_err(Failure::plain)?;
+        .map_err(failed)?;
     say(&forked.summary);
     if !record.options.publish.is_empty() {
         eprintln!("bulkhead: the ports of {} stay its own: none is published for its copies", record.name);
@@ -51,6 +51,14 @@ pub fn fork(layout: &Layout, settings: &Settings, args: ForkArgs) -> Outcome {
         }
     }
     Ok(status)
+}
+
+/// Of one that was interrupted, the status says so.
+fn failed(error: Error) -> Failure {
+    match error {
+        Error::Interrupted => error.into(),
+        error => Failure::plain(error),
+    }
 }
 
 /// For a person: scripts read standard output.
