@@ -8,6 +8,7 @@ mod cri;
 mod cri_streams;
 mod cri_volumes;
 mod daemons;
+mod density;
 mod disks;
 mod docker;
 mod erofs;

@@ -137,8 +137,6 @@ fn what_does_not_fit_is_refused_and_leaves_nothing(host: &Host) -> Result<()> {
     ensure!(left_in(disk.path())?.iter().all(|name| name == "lost+found"), "{:?}", left_in(disk.path())?);
     host.bulkhead(["exec", "good", "echo", "well"])?.ok()?.stdout_is("well\n")?;
     drop(disk);
-    fs::remove_dir(host.work().join("small-disk"))?;
-
     let good = path("good");
     host.bulkhead(["snapshot", "good", &good])?.ok()?;
     host.bulkhead(["rm", "-f", "bound"])?.ok()?;

@@ -148,5 +148,6 @@ impl Drop for SmallDisk {
     fn drop(&mut self) {
         // A mount that stays is found by the leak check.
         let _ = Program::new(["umount"]).args([&self.path]).run();
+        let _ = fs::remove_dir(&self.path);
     }
 }

@@ -33,8 +33,8 @@ pub fn restore(layout: &Layout, settings: &Settings, args: RestoreArgs) -> Outco
 pub fn fork(layout: &Layout, settings: &Settings, args: ForkArgs) -> Outcome {
     let record = lookup(layout, &args.container).map_err(Failure::plain)?;
     let wishes = Wishes { name: args.name, auto_remove: args.rm, ..Wishes::default() };
-    let forked = snapshot::fork(layout, &store(layout)?, &record, args.count, &wishes, settings)
-        .map_err(failed)?;
+    let forked =
+        snapshot::fork(layout, &store(layout)?, &record, args.count, &wishes, settings).map_err(failed)?;
     say(&forked.summary);
     if !record.options.publish.is_empty() {
         eprintln!("bulkhead: the ports of {} stay its own: none is published for its copies", record.name);
