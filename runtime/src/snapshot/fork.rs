@@ -26,7 +26,7 @@ pub struct Forked {
 /// Must be called before the process has made a thread: each supervisor is a fork of it.
 ///
 /// # Errors
-/// As [`take`]. What befalls one of the copies is in the answer.
+/// As [`take()`]. What befalls one of the copies is in the answer.
 pub fn fork(
     layout: &Layout,
     store: &Store,
