@@ -19,6 +19,8 @@ use crate::{inside, workspace};
 const AT_ONCE: usize = 2;
 /// So many tests are named with their time at the end.
 const SLOWEST: usize = 12;
+/// So many lines of a failed test are repeated at the end.
+const WHY_LINES: usize = 8;
 
 /// Where tests run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,6 +63,8 @@ pub struct Runner {
     show: bool,
     /// Real time that each test took, with its stalls.
     took: Mutex<Vec<(Duration, String)>>,
+    /// The first lines of what each failed test said, with its name.
+    failed: Mutex<Vec<(String, String)>>,
 }
 
 fn once<T: Clone>(cell: &Once<T>, make: impl FnOnce() -> Result<T>) -> Result<T> {
@@ -79,6 +83,7 @@ impl Runner {
             installed: Once::new(),
             show,
             took: Mutex::default(),
+            failed: Mutex::default(),
         })
     }
 
@@ -180,7 +185,21 @@ impl Runner {
         if let Ok(mut took) = self.took.lock() {
             took.push((start.elapsed(), test.name()));
         }
+        if let (Err(why), Ok(mut failed)) = (&result, self.failed.lock()) {
+            failed.push((test.name(), why.message().unwrap_or_default().to_owned()));
+        }
         result
+    }
+
+    /// Says in a few lines each why tests failed: of a long run often only the end is kept.
+    fn print_failed(&self) {
+        let Ok(failed) = self.failed.lock() else { return };
+        for (name, why) in failed.iter() {
+            println!("{name} failed:");
+            for line in why.lines().filter(|line| !line.trim().is_empty()).take(WHY_LINES) {
+                println!("  {line}");
+            }
+        }
     }
 
     /// Says where the time of a run of many tests went: what a suite that gets slow needs first.
@@ -276,5 +295,6 @@ fn outside() -> i32 {
         .collect();
     let conclusion = libtest_mimic::run(&arguments, trials);
     runner.print_slowest();
+    runner.print_failed();
     if conclusion.has_failed() { 101 } else { 0 }
 }
