@@ -147,7 +147,11 @@ fn prepare(
 }
 
 /// Takes what the container is to see of the host; answers how the guest knows each.
-fn share(files: &Files, options: &RunOptions, settings: &Settings) -> Result<(Option<Shares>, Vec<String>)> {
+pub(crate) fn share(
+    files: &Files,
+    options: &RunOptions,
+    settings: &Settings,
+) -> Result<(Option<Shares>, Vec<String>)> {
     if options.binds.is_empty() {
         return Ok((None, Vec::new()));
     }

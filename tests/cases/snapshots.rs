@@ -112,17 +112,67 @@ fn copies_go_on_where_the_container_was_and_none_is_like_another(host: &Host) ->
     Ok(fs::remove_dir_all(snapshot)?)
 }
 
+test!(directories_of_the_host_and_files_open_in_them_go_along, BUSYBOX.deadline(120));
+fn directories_of_the_host_and_files_open_in_them_go_along(host: &Host) -> Result<()> {
+    let shared = host.work().join("shared");
+    fs::create_dir_all(shared.join("deep/er"))?;
+    fs::write(shared.join("deep/er/input"), "first\nsecond\nthird\nfourth\n")?;
+    let volume = format!("{}:/v", shared.display());
+    let single = host.file("single", "of the host\n")?;
+    let file = format!("{}:/single:ro", single.display());
+    // Two files stay open throughout: one is read a line a step, one is written to.
+    let script = "exec 3</v/deep/er/input 4>>/v/said; while [ ! -e /v/$(cat /name)-go ]; do sleep 0.05; done; \
+        read line <&3; echo $line; while read line <&3; do echo $(cat /name) $line >&4; done; cat /single; exit 3";
+    let mut words = vec!["run", "-d", "--name", "first", "-v", &volume, "-v", &file];
+    let step = format!("echo first > /name; {script}");
+    words.extend(["busybox", "sh", "-c", &step]);
+    host.bulkhead(words)?.ok()?;
+    host.eventually("the container to have opened its files", PATIENCE, || Ok(shared.join("said").exists()))?;
+    let snapshot = host.work().join(SNAPSHOT).display().to_string();
+    host.bulkhead(["snapshot", "first", &snapshot])?.ok()?;
+    let copy = host.bulkhead_program(["restore", "--rm", "--name", "second", &snapshot]).spawn()?;
+    host.eventually("the copy to run", PATIENCE, || {
+        Ok(host.bulkhead(["exec", "second", "sh", "-c", "echo second > /name"])?.status == 0)
+    })?;
+    for name in ["second", "first"] {
+        fs::write(shared.join(format!("{name}-go")), "")?;
+        if name == "first" {
+            host.bulkhead(["wait", "first"])?.ok()?.stdout_is("3\n")?;
+        } else {
+            host.eventually("the copy to end", PATIENCE, || {
+                Ok(host.bulkhead(["ps", "-q"])?.stdout().lines().count() == 1)
+            })?;
+        }
+    }
+    copy.wait()?.status_is(3)?.stdout_is("first\nof the host\n")?;
+    host.bulkhead(["logs", "first"])?.ok()?.stdout_is("first\nof the host\n")?;
+    let said = fs::read_to_string(shared.join("said"))?;
+    let wanted =
+        ["second", "first"].map(|name| format!("{name} second\n{name} third\n{name} fourth\n")).concat();
+    ensure!(said == wanted, "{said}");
+
+    // What was open and is gone is an error that says so, and ends nothing but that copy.
+    fs::remove_dir_all(shared.join("deep"))?;
+    host.bulkhead(["restore", "--rm", &snapshot])?.status_is(125)?.stderr_has("virtiofsd")?;
+    host.bulkhead(["rm", "first"])?.ok()?;
+    fs::remove_dir_all(shared)?;
+    fs::remove_file(single)?;
+    Ok(fs::remove_dir_all(snapshot)?)
+}
+
 test!(what_does_not_fit_is_refused_and_leaves_nothing, BUSYBOX.deadline(120));
 fn what_does_not_fit_is_refused_and_leaves_nothing(host: &Host) -> Result<()> {
     let shared = host.work().join("shared");
     fs::create_dir(&shared)?;
-    let volume = format!("{}:/v", shared.display());
-    host.bulkhead(["run", "-d", "--name", "bound", "-v", &volume, "busybox", "sleep", "1000"])?.ok()?;
+    host.run(["ip", "netns", "add", "nest"])?.ok()?;
+    let network =
+        ["run", "-d", "--name", "bound", "--network", "ns:/run/netns/nest", "busybox", "sleep", "1000"];
+    host.bulkhead(network)?.ok()?;
     start(host, "good", "sleep 1000")?;
     let path = |name: &str| host.work().join(name).display().to_string();
     let refused =
         |words: &[&str], status, word| host.bulkhead(words)?.status_is(status)?.stderr_has(word).map(drop);
-    refused(&["snapshot", "bound", &path("x")], 1, "directories of the host")?;
+    refused(&["snapshot", "bound", &path("x")], 1, "network namespace")?;
     refused(&["snapshot", "nosuch", &path("x")], 1, "no such container")?;
     refused(&["snapshot", "good", &path("shared")], 1, "exists already")?;
     refused(&["snapshot", "good", &path("no/such")], 1, "there is no directory")?;
@@ -140,6 +190,8 @@ fn what_does_not_fit_is_refused_and_leaves_nothing(host: &Host) -> Result<()> {
     let good = path("good");
     host.bulkhead(["snapshot", "good", &good])?.ok()?;
     host.bulkhead(["rm", "-f", "bound"])?.ok()?;
+    // The mount that ip makes for its names stays otherwise.
+    host.run(["sh", "-c", "ip netns del nest; umount /run/netns; rmdir /run/netns"])?.ok()?;
     refused(&["snapshot", "good", &good], 1, "exists already")?;
     refused(&["restore", "--name", "good", &good], 125, "in use")?;
     refused(&["restore", "-p", "1:1", &good], 125, "-p")?;

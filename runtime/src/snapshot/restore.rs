@@ -5,7 +5,7 @@ use std::path::Path;
 use bulkhead_image::Store;
 
 use super::Saved;
-use crate::launch::{Launched, launch};
+use crate::launch::{Launched, launch, share};
 use crate::network::{NetworkWish, Port};
 use crate::relay::Ends;
 use crate::state::{Record, Reservation, Status, now_ns, private_dir, remove_files};
@@ -89,6 +89,8 @@ pub fn restore(
     };
     let prepare = || {
         private_dir(&files.run)?;
+        // In the same order, by which the guest knows them.
+        let (shares, _) = share(&files, &record.options, &artefacts.settings)?;
         record.save(&files)?;
         let options = &record.options;
         let mut ends = if options.detach { Ends::default() } else { Ends::own(options.interactive)? };
@@ -105,7 +107,7 @@ pub fn restore(
             spec: serde_json::Value::Null,
             ends,
             caller,
-            shares: None,
+            shares,
             copy: Some(Copy { directory, saved, terminal }),
             record,
         };

@@ -80,12 +80,6 @@ pub fn take(layout: &Layout, record: &Record, directory: &Path, durable: bool) -
 /// What a copy could not have.
 fn refuse(record: &Record) -> Result<()> {
     let id = names::short(&record.id);
-    if !record.options.binds.is_empty() {
-        return Err(Error::Usage(format!(
-            "container {id} sees directories of the host (-v, --mount), whose server cannot be saved with it yet: a container \
-             without them can"
-        )));
-    }
     match &record.options.network {
         NetworkWish::Namespace(namespace) => Err(Error::Usage(format!(
             "container {id} is in the network namespace {namespace}, in which no copy of it could be: a container with \

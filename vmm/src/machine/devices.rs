@@ -107,6 +107,13 @@ impl Devices {
         self.virtio.iter().map(|device| device.save().map_err(Error::Unsaveable)).collect()
     }
 
+    /// After [`Self::save`], whatever that said, when memory is written.
+    pub fn saved(&self) {
+        for device in &self.virtio {
+            device.saved();
+        }
+    }
+
     /// Gives new virtio devices the states of a snapshot's.
     pub(super) fn restore(&self, opened: &Opened) -> Result<()> {
         let bad = |why| Error::Snapshot { directory: opened.directory.clone(), why };

@@ -90,7 +90,9 @@ impl Running {
         let stood = self.vcpus.paused();
         let start = now_ns();
         let begun = if self.vcpus.pause() {
-            self.begin(&mut saving, &request.disks, stood)
+            let begun = self.begin(&mut saving, &request.disks, stood);
+            self.devices.saved();
+            begun
         } else {
             Err(Error::Unsaveable("a vCPU does not stop".to_owned()))
         };

@@ -19,7 +19,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 /// Version of the encoding.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 const MAGIC: [u8; 8] = *b"BLKHSNAP";
 const HEADER: usize = 24;
@@ -174,11 +174,11 @@ mod tests {
     #[test]
     fn another_version_is_named() {
         let mut bytes = encode(&1_u8).unwrap();
-        bytes[8] = 2;
+        bytes[8] = 200;
         let sum = crc32fast::hash(&bytes[..20]).to_le_bytes();
         bytes[20..24].copy_from_slice(&sum);
         let error = decode::<u8>(&bytes).unwrap_err();
-        assert_eq!(error, Damage::Version(2));
-        assert!(error.to_string().contains("version 2"), "{error}");
+        assert_eq!(error, Damage::Version(200));
+        assert!(error.to_string().contains("version 200"), "{error}");
     }
 }

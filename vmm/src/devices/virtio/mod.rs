@@ -102,11 +102,21 @@ pub trait VirtioDevice: Send {
     /// Where its queues are, all of them, as if nothing had been taken out of them that was not given back. Called while
     /// the driver is ready.
     fn queues(&self) -> Vec<QueueState>;
-    /// Whether it can be saved now.
+    /// What must be saved of it besides queues and configuration. Called before [`Self::queues`]; from then on it leaves guest memory
+    /// alone until [`Self::saved`].
     ///
     /// # Errors
-    /// Why not.
-    fn saveable(&self) -> Result<(), String> {
+    /// Why it cannot be saved now; [`Self::saved`] is due all the same.
+    fn save(&mut self) -> Result<Vec<u8>, String> {
+        Ok(Vec::new())
+    }
+    /// The machine is saved, or is not going to be: it goes on.
+    fn saved(&mut self) {}
+    /// Takes in what [`Self::save`] gave. Called before it is activated.
+    ///
+    /// # Errors
+    /// Why it cannot go on with that.
+    fn load(&mut self, _state: &[u8]) -> Result<(), String> {
         Ok(())
     }
     /// It was activated for a driver that goes on from a snapshot, and that may know of what no longer is.

@@ -23,6 +23,8 @@ pub const QUEUE_SIZE: u16 = 64;
 #[derive(Default)]
 pub struct Backend {
     without: u64,
+    /// What it knows of the guest; none: it cannot save that.
+    knows: Option<Arc<Mutex<Vec<u8>>>>,
     memory: Option<Arc<GuestMemoryMmap<()>>>,
     regions: Vec<VhostUserMemoryRegion>,
     rings: [Ring; 2],
@@ -35,7 +37,9 @@ struct Ring {
     addresses: (u64, u64, u64),
     kick: Option<File>,
     call: Option<File>,
-    stop: Option<(File, thread::JoinHandle<()>)>,
+    /// The entry that comes next.
+    base: u16,
+    stop: Option<(File, thread::JoinHandle<u16>)>,
 }
 
 /// Serves the other end until the connection is closed.
@@ -54,6 +58,11 @@ impl Backend {
     /// One that lacks these features.
     pub fn without(features: u64) -> Self {
         Self { without: features, ..Self::default() }
+    }
+
+    /// One that can save what it knows of the guest.
+    pub fn knowing(what: Arc<Mutex<Vec<u8>>>) -> Self {
+        Self { knows: Some(what), ..Self::default() }
     }
 
     fn guest_address(&self, address: u64) -> Option<u64> {
@@ -80,6 +89,9 @@ impl Backend {
         queue.set_desc_table_address(Some(descriptors as u32), Some((descriptors >> 32) as u32));
         queue.set_avail_ring_address(Some(available as u32), Some((available >> 32) as u32));
         queue.set_used_ring_address(Some(used as u32), Some((used >> 32) as u32));
+        queue.set_next_avail(ring.base);
+        let used = queue.used_idx(memory.as_ref(), std::sync::atomic::Ordering::Acquire);
+        queue.set_next_used(used.map_err(|_| Error::InvalidParam)?.0);
         queue.set_ready(true);
         let kick = ring.kick.as_ref().and_then(|kick| kick.try_clone().ok()).ok_or(Error::IncorrectFds)?;
         let call = ring.call.as_ref().and_then(|call| call.try_clone().ok()).ok_or(Error::IncorrectFds)?;
@@ -94,19 +106,25 @@ impl Ring {
     fn stop(&mut self) {
         if let Some((stop, thread)) = self.stop.take() {
             drop(stop);
-            thread.join().unwrap();
+            self.base = thread.join().unwrap();
         }
     }
 }
 
-fn work(memory: &GuestMemoryMmap<()>, mut queue: Queue, kick: &File, mut call: File, stop: &UnixStream) {
+fn work(
+    memory: &GuestMemoryMmap<()>,
+    mut queue: Queue,
+    kick: &File,
+    mut call: File,
+    stop: &UnixStream,
+) -> u16 {
     loop {
         let poll = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
         let mut fds = [poll(kick.as_raw_fd()), poll(stop.as_raw_fd())];
         // SAFETY: two initialised entries, as many as are said to be there.
         unsafe { libc::poll(fds.as_mut_ptr(), 2, -1) };
         if fds[1].revents != 0 {
-            return;
+            return queue.next_avail();
         }
         let _ = std::io::Read::read(&mut &*kick, &mut [0; 8]);
         // A guest that breaks the rules gets no answer.
@@ -173,12 +191,14 @@ impl VhostUserBackendReqHandlerMut for Backend {
         self.ring(index)?.addresses = (descriptors, available, used);
         Ok(())
     }
-    fn set_vring_base(&mut self, _: u32, _: u32) -> Result<()> {
+    fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
+        self.ring(index)?.base = base as u16;
         Ok(())
     }
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
-        self.ring(index)?.stop();
-        Ok(VhostUserVringState::new(index, 0))
+        let ring = self.ring(index)?;
+        ring.stop();
+        Ok(VhostUserVringState::new(index, ring.base.into()))
     }
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
         self.ring(index.into())?.kick = fd;
@@ -192,7 +212,8 @@ impl VhostUserBackendReqHandlerMut for Backend {
         Ok(())
     }
     fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
-        Ok(VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::REPLY_ACK)
+        let all = VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::REPLY_ACK;
+        Ok(if self.knows.is_some() { all | VhostUserProtocolFeatures::DEVICE_STATE } else { all })
     }
     fn set_protocol_features(&mut self, _: u64) -> Result<()> {
         Ok(())
@@ -238,14 +259,25 @@ impl VhostUserBackendReqHandlerMut for Backend {
     }
     fn set_device_state_fd(
         &mut self,
-        _: VhostTransferStateDirection,
+        direction: VhostTransferStateDirection,
         _: VhostTransferStatePhase,
-        _: File,
+        mut file: File,
     ) -> Result<Option<File>> {
-        Err(Error::InvalidMessage)
+        let mut knows = self.knows.as_ref().ok_or(Error::InvalidMessage)?.lock().unwrap();
+        let done = match direction {
+            VhostTransferStateDirection::SAVE => file.write_all(&knows),
+            VhostTransferStateDirection::LOAD => {
+                knows.clear();
+                std::io::Read::read_to_end(&mut file, &mut knows).map(drop)
+            }
+        };
+        done.map(|()| None).map_err(Error::ReqHandlerError)
     }
     fn check_device_state(&mut self) -> Result<()> {
-        Err(Error::InvalidMessage)
+        match &self.knows {
+            Some(knows) if *knows.lock().unwrap() != b"nonsense" => Ok(()),
+            _ => Err(Error::InvalidMessage),
+        }
     }
     fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
         Err(Error::InvalidMessage)

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
-use virtio_queue::{Queue, QueueState};
+use virtio_queue::{Queue, QueueState, QueueT};
 
 use super::handler::{Backend, Lost};
 use super::metrics::Metrics;
@@ -26,8 +26,10 @@ pub struct Fs {
     queue_sizes: Vec<u16>,
     /// None: nobody serves it.
     backend: Option<Backend>,
-    /// The queues, while nobody serves them.
-    waiting: Option<Activation>,
+    /// The queues, whether somebody serves them or not.
+    activation: Option<Activation>,
+    /// The backend has given its queues back for a while.
+    stopped: bool,
     /// Set once the backend is gone; nothing is said to it any more.
     lost: bool,
     exit: ExitRequest,
@@ -65,7 +67,8 @@ impl Fs {
             // One queue for urgent requests comes first.
             queue_sizes: vec![config.queue_size; usize::from(config.queues) + 1],
             backend,
-            waiting: None,
+            activation: None,
+            stopped: false,
             lost: false,
             exit,
             metrics: Arc::new(Metrics::default()),
@@ -73,7 +76,7 @@ impl Fs {
     }
 
     /// Says something to the backend, if there is one left.
-    fn tell(&mut self, say: impl FnOnce(&mut Backend) -> Result<(), Lost>) {
+    fn tell<T>(&mut self, say: impl FnOnce(&mut Backend) -> Result<T, Lost>) {
         if let Some(backend) = &mut self.backend
             && !self.lost
             && let Err(why) = say(backend)
@@ -136,32 +139,77 @@ impl VirtioDevice for Fs {
     }
 
     fn activate(&mut self, activation: Activation) {
-        if self.backend.is_none() {
-            self.waiting = Some(activation);
-            return;
-        }
         self.tell(|backend| backend.start(&activation));
-        if !self.lost {
+        self.activation = Some(activation);
+        if self.backend.is_some() && !self.lost {
             self.metrics.activations.fetch_add(1, Ordering::Relaxed);
         }
     }
 
     fn queues(&self) -> Vec<QueueState> {
-        self.waiting.iter().flat_map(|waiting| &waiting.queues).map(Queue::state).collect()
+        self.activation.iter().flat_map(|activation| &activation.queues).map(Queue::state).collect()
     }
 
-    /// What the backend knows of open files and of requests under way is in another process.
-    fn saveable(&self) -> Result<(), String> {
-        if self.backend.is_none() {
+    /// The backend stops until [`Self::saved`]: it must not touch memory while that is written.
+    fn save(&mut self) -> Result<Vec<u8>, String> {
+        let (Some(backend), Some(activation)) = (&mut self.backend, &mut self.activation) else {
+            return Ok(Vec::new());
+        };
+        if !backend.has_state() {
+            return Err("a directory of the host is shared with it, and the process that serves it cannot save what it knows \
+                 of the guest: virtiofsd 1.11 or later can"
+                .to_owned());
+        }
+        let stopped = backend.stop().and_then(|stopped| {
+            self.stopped = true;
+            for (index, next) in stopped {
+                let queue = activation.queues.get_mut(index).ok_or(Lost::Queue(index))?;
+                queue.set_next_avail(next);
+                let used = queue.used_idx(activation.memory.as_ref(), Ordering::Acquire);
+                queue.set_next_used(used.map_err(|_| Lost::Queue(index))?.0);
+            }
+            Ok(())
+        });
+        match stopped.and_then(|()| backend.state()) {
+            Ok(state) => Ok(state),
+            Err(why @ (Lost::Refused(..) | Lost::Lacks(_) | Lost::Host(_))) => {
+                Err(format!("a directory of the host is shared with it, and {why}"))
+            }
+            Err(why) => {
+                self.lose(&why);
+                Err(why.to_string())
+            }
+        }
+    }
+
+    fn saved(&mut self) {
+        if !std::mem::take(&mut self.stopped) {
+            return;
+        }
+        let Some(activation) = self.activation.take() else { return };
+        self.tell(|backend| backend.start(&activation));
+        for kick in activation.kicks.iter() {
+            // What came while it stood. A counter that is full says so already.
+            let _ = kick.write(1);
+        }
+        self.activation = Some(activation);
+    }
+
+    fn load(&mut self, state: &[u8]) -> Result<(), String> {
+        if state.is_empty() {
             return Ok(());
         }
-        Err("a directory of the host is shared with it, and what the process that serves it knows of the guest cannot be \
-             saved. Only a machine without shared directories can"
-            .to_owned())
+        let Some(backend) = &mut self.backend else {
+            return Err(format!(
+                "a directory of the host was shared with it as {:?}, and nobody serves that in the configuration",
+                self.tag
+            ));
+        };
+        backend.set_state(state).map_err(|why| format!("the shared file system {:?}: {why}", self.tag))
     }
 
     fn reset(&mut self) {
-        self.waiting = None;
+        self.activation = None;
         self.tell(Backend::stop);
     }
 
@@ -186,6 +234,7 @@ impl VirtioDevice for Fs {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
     use std::time::{Duration, Instant};
 
     use super::super::backend::{self, QUEUE_SIZE, serve};
@@ -246,6 +295,76 @@ mod tests {
         }
         drop(driver);
         backend.join().unwrap();
+    }
+
+    fn knowing(what: &[u8]) -> (UnixStream, Arc<Mutex<Vec<u8>>>) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let knows = Arc::new(Mutex::new(what.to_vec()));
+        serve(theirs, backend::Backend::knowing(Arc::clone(&knows)));
+        (ours, knows)
+    }
+
+    fn offer(driver: &mut Driver) {
+        driver.put(DATA, b"stressed");
+        driver.put(DATA + 64, &[0; 8]);
+        driver.offer(1, 0, &[(DATA, 8, 0), (DATA + 64, 8, WRITE)]);
+    }
+
+    fn answered(driver: &Driver, count: u16) {
+        let start = Instant::now();
+        while driver.used(1).0 != count {
+            assert!(start.elapsed() < Duration::from_secs(10), "{:?} instead of {count}", driver.used(1));
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert_eq!(driver.get(DATA + 64, 8), b"desserts");
+    }
+
+    #[test]
+    fn it_is_saved_with_what_its_backend_knows_and_every_request_is_answered_once() {
+        let (ours, _knows) = knowing(b"inodes");
+        let exit = ExitRequest::new().unwrap();
+        let mut driver = Driver::new(device(ours, &exit));
+        ask(&mut driver, 1);
+        // It stands still while memory is written, and goes on with what has come.
+        driver.transport.save().unwrap();
+        offer(&mut driver);
+        driver.kick(1);
+        std::thread::sleep(Duration::from_millis(50));
+        assert_eq!(driver.used(1).0, 1, "it was answered while memory was written");
+        driver.transport.saved();
+        answered(&driver, 2);
+        // And in another machine, with a request that nobody has seen.
+        offer(&mut driver);
+        let (ours, knows) = knowing(b"nothing");
+        let driver = driver.move_to(device(ours, &exit)).unwrap();
+        answered(&driver, 3);
+        assert_eq!(*knows.lock().unwrap(), b"inodes");
+        assert_eq!(exit.outcome(), None);
+    }
+
+    #[test]
+    fn a_backend_that_cannot_save_or_load_is_named_and_the_machine_goes_on() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        serve(theirs, backend::Backend::default());
+        let exit = ExitRequest::new().unwrap();
+        let mut driver = Driver::new(device(ours, &exit));
+        assert!(driver.transport.save().unwrap_err().contains("1.11"));
+        driver.transport.saved();
+        ask(&mut driver, 1);
+
+        let (ours, knows) = knowing(b"nonsense");
+        let mut driver = Driver::new(device(ours, &exit));
+        let error = driver.transport.save().unwrap_err();
+        assert!(error.contains("could not save"), "{error}");
+        driver.transport.saved();
+        ask(&mut driver, 1);
+        assert_eq!(exit.outcome(), None);
+
+        *knows.lock().unwrap() = b"inodes".to_vec();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        serve(theirs, backend::Backend::default());
+        let error = driver.move_to(device(ours, &exit)).err().unwrap();
+        assert!(error.contains("1.11"), "{error}");
     }
 
     #[test]

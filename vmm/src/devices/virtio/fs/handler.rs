@@ -30,10 +30,9 @@ pub enum Lost {
     Gone,
     /// It does not answer.
     #[error(
-        "the process that serves it did not {0} within {limit} seconds; is it stopped, or the host overloaded?",
-        limit = PATIENCE.as_secs()
+        "the process that serves it did not {0} within {1} seconds; is it stopped, or the host overloaded?"
     )]
-    Silent(&'static str),
+    Silent(&'static str, u64),
     /// It answered that it cannot.
     #[error("the process that serves it could not {0}: {1}")]
     Refused(&'static str, vhost::Error),
@@ -56,6 +55,8 @@ pub struct Backend {
     /// What it offers; 0 before it was asked.
     features: u64,
     acknowledges: bool,
+    /// What it knows of the guest can be saved.
+    saves: bool,
     /// Queues that it was given.
     running: Vec<usize>,
 }
@@ -67,7 +68,15 @@ impl Backend {
     /// Out of descriptors.
     pub fn new(stream: UnixStream, queues: usize) -> io::Result<Self> {
         let frontend = Frontend::from_stream(stream.try_clone()?, queues as u64);
-        Ok(Self { stream, frontend, queues, features: 0, acknowledges: false, running: Vec::new() })
+        Ok(Self {
+            stream,
+            frontend,
+            queues,
+            features: 0,
+            acknowledges: false,
+            saves: false,
+            running: Vec::new(),
+        })
     }
 
     /// Becomes readable when the backend is gone.
@@ -93,7 +102,9 @@ impl Backend {
             if features & PROTOCOL_FEATURES == 0 {
                 return Ok((features, VhostUserProtocolFeatures::empty()));
             }
-            let wanted = VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::REPLY_ACK;
+            let wanted = VhostUserProtocolFeatures::MQ
+                | VhostUserProtocolFeatures::REPLY_ACK
+                | VhostUserProtocolFeatures::DEVICE_STATE;
             let protocol = frontend.get_protocol_features()? & wanted;
             frontend.set_protocol_features(protocol)?;
             frontend.set_owner()?;
@@ -112,8 +123,14 @@ impl Backend {
             }
         }
         self.acknowledges = protocol.contains(VhostUserProtocolFeatures::REPLY_ACK);
+        self.saves = protocol.contains(VhostUserProtocolFeatures::DEVICE_STATE);
         self.features = features;
         Ok(())
+    }
+
+    /// Whether what it knows of the guest can be saved.
+    pub fn has_state(&self) -> bool {
+        self.saves
     }
 
     /// Hands over memory, queues and eventfds: from then on it serves the guest.
@@ -159,21 +176,21 @@ impl Backend {
         Ok(())
     }
 
-    /// Takes the queues back: it no longer touches guest memory.
+    /// Takes the queues back: it no longer touches guest memory. Answers which it had, and which entry of each it would have taken next.
     ///
     /// # Errors
     /// It does not answer.
-    pub fn stop(&mut self) -> Result<(), Lost> {
+    pub fn stop(&mut self) -> Result<Vec<(usize, u16)>, Lost> {
         let running = std::mem::take(&mut self.running);
         if running.is_empty() {
-            return Ok(());
+            return Ok(Vec::new());
         }
         self.exchange("give the queues back", |frontend| {
-            for index in running {
+            let stop = |index| {
                 frontend.set_vring_enable(index, false)?;
-                frontend.get_vring_base(index)?;
-            }
-            Ok(())
+                Ok((index, frontend.get_vring_base(index)? as u16))
+            };
+            running.into_iter().map(stop).collect()
         })
     }
 
@@ -204,11 +221,29 @@ impl Backend {
         what: &'static str,
         say: impl FnOnce(&mut Frontend) -> vhost::Result<T>,
     ) -> Result<T, Lost> {
+        self.exchange_within(PATIENCE, what, say)
+    }
+
+    /// The same for state, of which there may be much: to find each file's path takes a while.
+    pub(super) fn exchange_state<T>(
+        &mut self,
+        what: &'static str,
+        say: impl FnOnce(&mut Frontend) -> vhost::Result<T>,
+    ) -> Result<T, Lost> {
+        self.exchange_within(6 * PATIENCE, what, say)
+    }
+
+    fn exchange_within<T>(
+        &mut self,
+        patience: Duration,
+        what: &'static str,
+        say: impl FnOnce(&mut Frontend) -> vhost::Result<T>,
+    ) -> Result<T, Lost> {
         let (done, wait) = mpsc::channel::<()>();
         let (stream, frontend) = (&self.stream, &mut self.frontend);
         thread::scope(|scope| {
             let watch = move || {
-                let late = wait.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout);
+                let late = wait.recv_timeout(patience) == Err(RecvTimeoutError::Timeout);
                 if late {
                     let _ = stream.shutdown(Shutdown::Both);
                 }
@@ -218,7 +253,9 @@ impl Backend {
             let answer = say(frontend);
             drop(done);
             let late = watch.join().unwrap_or(false);
-            answer.map_err(|error| if late { Lost::Silent(what) } else { refused(what, error) })
+            answer.map_err(
+                |error| if late { Lost::Silent(what, patience.as_secs()) } else { refused(what, error) },
+            )
         })
     }
 }

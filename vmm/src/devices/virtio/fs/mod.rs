@@ -11,5 +11,6 @@ pub(super) mod backend;
 mod device;
 mod handler;
 mod metrics;
+mod state;
 
 pub use device::{Fs, TAG_BYTES};

@@ -23,6 +23,8 @@ pub struct TransportState {
     active: bool,
     interrupt: u32,
     queues: Vec<SavedQueue>,
+    /// The device's own, see [`crate::devices::virtio::VirtioDevice::save`].
+    own: Vec<u8>,
 }
 
 /// `virtio_queue::QueueState`.
@@ -72,14 +74,13 @@ impl SavedQueue {
 }
 
 impl MmioTransport {
-    /// Takes the device's state. Nothing of it changes.
+    /// Takes the device's state. It leaves memory alone until [`Self::saved`].
     ///
     /// # Errors
     /// Why it cannot be saved as it is.
     pub fn save(&self) -> Result<TransportState, String> {
-        let state = lock(&self.state);
-        let name = state.device.name();
-        state.device.saveable().map_err(|why| format!("{name}: {why}"))?;
+        let mut state = lock(&self.state);
+        let own = state.device.save().map_err(|why| format!("{}: {why}", state.device.name()))?;
         let queues = if state.active {
             state.device.queues()
         } else {
@@ -87,7 +88,7 @@ impl MmioTransport {
         };
         Ok(TransportState {
             device_type: state.device.device_type(),
-            name: name.to_owned(),
+            name: state.device.name().to_owned(),
             config: state.device.config().to_vec(),
             status: state.status,
             device_features_sel: state.device_features_sel,
@@ -97,7 +98,13 @@ impl MmioTransport {
             active: state.active,
             interrupt: self.interrupt.pending(),
             queues: queues.into_iter().map(SavedQueue::from).collect(),
+            own,
         })
+    }
+
+    /// After [`Self::save`], whatever that said, when memory is written.
+    pub fn saved(&self) {
+        lock(&self.state).device.saved();
     }
 
     /// Gives a new device a state. The guest must not run yet; [`Self::wake`] is due before it does.
@@ -145,6 +152,7 @@ impl MmioTransport {
         state.driver_features_sel = saved.driver_features_sel;
         state.queue_sel = saved.queue_sel;
         self.interrupt.restore(saved.interrupt);
+        state.device.load(&saved.own)?;
         if saved.active {
             self.hand_over(&mut state);
             state.device.restored();
