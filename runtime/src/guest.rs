@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use bulkhead_protocol::agent::stream_hello::Kind;
 use bulkhead_protocol::agent::{ConfigureRequest, GuestInfo, StreamHello, StreamReply};
-use bulkhead_protocol::client::{CallError, Client};
+use bulkhead_protocol::client::{CallError, Client, words};
 use bulkhead_protocol::{AGENT_PORT, AGENT_SERVICE, PROTOCOL_VERSION, STREAM_PORT, stream};
 
 use crate::state::now_ns;
@@ -131,7 +131,7 @@ pub fn configure(agent: &mut Agent, request: ConfigureRequest) -> Result<GuestIn
 /// Reads the agent's reply to a hello, or to a finished archive.
 pub(crate) fn accepted(connection: &mut UnixStream) -> io::Result<()> {
     let reply: StreamReply = stream::read_message(connection).map_err(silent)?;
-    if reply.error.is_empty() { Ok(()) } else { Err(io::Error::other(reply.error)) }
+    if reply.error.is_empty() { Ok(()) } else { Err(io::Error::other(words(&reply.error))) }
 }
 
 /// Puts words to the two ways in which a peer says nothing.
