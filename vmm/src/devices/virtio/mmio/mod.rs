@@ -233,6 +233,8 @@ impl MmioTransport {
         state.complain(&error.to_string());
         state.active = false;
         state.device.reset();
+        // The device has taken the others along. Who saves the machine now saves a device of so many queues all the same.
+        state.queues = fresh_queues(state.device.as_ref());
         state.status |= status::NEEDS_RESET;
         self.interrupt.config_change();
         Progress::Done
