@@ -75,7 +75,7 @@ fn ends_with_dot(path: &Path) -> bool {
 }
 
 /// Unpacks a guest's archive. Its first entry is the thing itself; what follows lies below it.
-fn unpack(stream: impl Read, to: &Path, contents_only: bool) -> io::Result<()> {
+pub(crate) fn unpack(stream: impl Read, to: &Path, contents_only: bool) -> io::Result<()> {
     let mut archive = tar::Archive::new(stream);
     let mut root: Option<(PathBuf, PathBuf)> = None; // the first entry's name, and what it becomes here
     for entry in archive.entries()? {
