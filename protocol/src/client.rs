@@ -7,6 +7,7 @@ use std::io::{self, Read, Write};
 
 use prost::Message;
 
+use crate::stream::read_within;
 use crate::wire::{self, Code, HEADER_LEN, Header, Kind, Request, Response, WireError};
 
 /// Why a call failed.
@@ -109,11 +110,12 @@ impl<S: Read + Write> Client<S> {
         let io = |source| CallError::Io { method, source };
         let bad = |source| CallError::Wire { method, source };
         for _ in 0..=MAX_STRAYS {
+            let mut begun = None;
             let mut header = [0; HEADER_LEN];
-            self.stream.read_exact(&mut header).map_err(io)?;
+            read_within(&mut self.stream, &mut header, &mut begun).map_err(io)?;
             let header = Header::parse(&header).map_err(bad)?;
             let mut payload = vec![0; header.length];
-            self.stream.read_exact(&mut payload).map_err(io)?;
+            read_within(&mut self.stream, &mut payload, &mut begun).map_err(io)?;
             if header.kind != Kind::Response || header.stream_id != id {
                 continue;
             }
