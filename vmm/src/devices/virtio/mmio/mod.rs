@@ -292,7 +292,8 @@ impl MmioTransport {
         }
         let mut value = value | (state.status & status::NEEDS_RESET);
         let offered = state.device.features();
-        if value & status::FEATURES_OK != 0 && state.driver_features & !offered != 0 {
+        let refused = state.driver_features & !offered != 0 || !state.device.accepts(state.driver_features);
+        if value & status::FEATURES_OK != 0 && refused {
             // Refused: the driver sees that the bit does not stick.
             value &= !status::FEATURES_OK;
         }
