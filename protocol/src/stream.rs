@@ -69,10 +69,10 @@ pub fn read_message<M: Message + Default>(stream: &mut impl Read) -> io::Result<
             }
             let mut payload = vec![0; length];
             read_within(stream, &mut payload, &mut begun)?;
-            return M::decode(payload.as_slice()).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e));
+            return M::decode(payload.as_slice()).map_err(|e| io::Error::new(ErrorKind::InvalidData, e));
         }
     }
-    Err(io::Error::new(io::ErrorKind::InvalidData, format!("a message of over {MAX_HELLO} bytes")))
+    Err(io::Error::new(ErrorKind::InvalidData, format!("a message of over {MAX_HELLO} bytes")))
 }
 
 #[cfg(test)]

@@ -90,8 +90,8 @@ impl Guest {
             answer.extend_from_slice(&byte);
         }
         if !answer.starts_with(b"OK ") {
-            let words = String::from_utf8_lossy(&answer);
-            return Err(Error::Monitor(format!("the monitor refused a connection: {}", words.trim_end())));
+            let said = words(&String::from_utf8_lossy(&answer));
+            return Err(Error::Monitor(format!("the monitor refused a connection: {}", said.trim_end())));
         }
         connection.set_read_timeout(None).context(what)?;
         Ok(connection)
@@ -111,7 +111,7 @@ pub fn configure(agent: &mut Agent, request: ConfigureRequest) -> Result<GuestIn
     let what = || "cannot set the guest up".to_owned();
     // A guest that goes on from a template has not shown yet that it is well.
     agent.stream().set_read_timeout(Some(PATIENCE)).context(what)?;
-    let info: GuestInfo = agent.call("Configure", &request).map_err(|error| match error {
+    let mut info: GuestInfo = agent.call("Configure", &request).map_err(|error| match error {
         CallError::Io { source, .. } if source.kind() == io::ErrorKind::WouldBlock => {
             Error::Io { what: what(), source: silent(source) }
         }
@@ -119,6 +119,8 @@ pub fn configure(agent: &mut Agent, request: ConfigureRequest) -> Result<GuestIn
     })?;
     agent.stream().set_read_timeout(None).context(what)?;
     if info.protocol == PROTOCOL_VERSION {
+        // It is kept, and shown.
+        info.kernel_release = words(&info.kernel_release);
         return Ok(info);
     }
     Err(Error::Usage(format!(
