@@ -66,6 +66,7 @@ pub const TARGETS: &[Target] = &[
     targets::image::EROFS,
     targets::image::ARCHIVE,
     targets::image::DOCUMENTS,
+    targets::files::BUNDLE,
     targets::files::COPY,
     targets::files::SETTINGS,
     targets::files::CONTAINER,

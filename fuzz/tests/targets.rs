@@ -128,6 +128,7 @@ tests! {
     erofs "erofs"
     image_archive "image-archive"
     image_documents "image-documents"
+    bundle "bundle"
     copy "copy"
     settings "settings"
     container_json "container-json"

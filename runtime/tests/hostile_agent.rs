@@ -172,7 +172,12 @@ const ROWS: &[Row] = &[
     (
         "information of 4 MiB",
         Wish::Configure,
-        |s| answer(s, &Response::ok(&GuestInfo { kernel_release: "k".repeat(4_000_000), ..GuestInfo::default() })),
+        |s| {
+            answer(
+                s,
+                &Response::ok(&GuestInfo { kernel_release: "k".repeat(4_000_000), ..GuestInfo::default() }),
+            )
+        },
         "protocol 0",
     ),
     ("no information", Wish::Configure, ok, "cannot set the guest up"),

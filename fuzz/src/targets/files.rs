@@ -40,6 +40,46 @@ pub const COPY: Target = Target {
         ]
     },
 };
+/// A bundle's `config.json`.
+pub const BUNDLE: Target = Target {
+    name: "bundle",
+    surface: "config.json of a bundle, as `bulkhead-oci create` reads it",
+    run: |data| {
+        with_place(|place| {
+            fs::create_dir_all(place.join("rootfs")).expect("a directory");
+            fs::write(place.join("config.json"), data).expect("a file");
+            if let Err(why) = bulkhead_oci::fuzzing::bundle(place) {
+                assert!(!why.is_empty());
+            }
+        });
+    },
+    seeds: || {
+        let spec = |more: &str| {
+            let text = r#"{"ociVersion":"1.2.0","process":{"args":["sh"],"cwd":"/","user":{"uid":0,"gid":0},"env":["A=b"]},"root":{"path":"rootfs"}"#;
+            format!("{text},{more}}}")
+        };
+        vec![
+            seed("small", spec(r#""hostname":"h""#)),
+            seed(
+                "what engines write",
+                spec(
+                    r#""mounts":[{"destination":"/proc","type":"proc","source":"proc"},
+                    {"destination":"/etc/resolv.conf","type":"bind","source":"/dev/null","options":["rbind","ro"]},
+                    {"destination":"/dev/shm","type":"tmpfs","source":"shm","options":["size=64k","mode=1777"]}],
+                    "hooks":{"poststop":[{"path":"/bin/true","args":["a"],"env":["A=b"],"timeout":5}]},
+                    "annotations":{"io.kubernetes.cri.container-type":"sandbox"},
+                    "linux":{"namespaces":[{"type":"pid"},{"type":"network","path":"/proc/1/ns/net"},{"type":"mount"}],
+                    "cgroupsPath":"/a","resources":{"memory":{"limit":1000000},"cpu":{"quota":1000,"period":1000},
+                    "devices":[{"allow":false,"access":"rwm"}]},"devices":[{"path":"/dev/fuse","type":"c","major":10,"minor":229}],
+                    "maskedPaths":["/proc/kcore"],"readonlyPaths":["/proc/sys"],"seccomp":{"defaultAction":"SCMP_ACT_ALLOW"}}"#,
+                ),
+            ),
+            seed("a machine", spec(r#""vm":{"hypervisor":{"path":"/x"},"kernel":{"path":"/k"}}"#)),
+            seed("nulls", spec(r#""mounts":null,"hooks":null,"linux":{"resources":null,"namespaces":null}"#)),
+            seed("deep", "[".repeat(200)),
+        ]
+    },
+};
 /// `config.toml`.
 pub const SETTINGS: Target = Target {
     name: "settings",
