@@ -16,7 +16,7 @@ endif
 
 say      = @printf '\033[1m==> %s\033[0m\n' "$(1)"
 
-.PHONY: all demo test test-unit test-system bench check install clean deps binaries kernel initramfs images
+.PHONY: all demo test test-unit test-system fuzz bench check install clean deps binaries kernel initramfs images
 
 all: binaries kernel initramfs
 
@@ -33,6 +33,11 @@ test-unit: deps
 test-system: all images
 	$(call say,whole-system tests)
 	cargo test -p tests
+
+# FUZZ_SECONDS=600 for each target, FUZZ_TARGETS='vsock block' for these, FUZZ_SANITIZER=address; fuzz/README.md says more.
+fuzz:
+	$(call say,fuzzing: each target for $(or $(FUZZ_SECONDS),60) seconds)
+	nice cargo run --quiet -p fuzz --bin fuzz -- $(FUZZ_TARGETS)
 
 bench: all images
 	$(call say,figures: virtual time beside runc and crun)

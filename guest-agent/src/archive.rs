@@ -110,10 +110,15 @@ fn pack(path: &Path, is_directory: bool, stream: impl Write) -> Result<()> {
     archive.follow_symlinks(false);
     let name = path.file_name().filter(|_| !path.as_os_str().as_encoded_bytes().ends_with(b"/."));
     let name = name.unwrap_or(OsStr::new("."));
-    if is_directory {
-        archive.append_dir_all(name, path).context(|| "pack the directory")?;
+    let packed = if is_directory {
+        archive.append_dir_all(name, path).context(|| "pack the directory")
     } else {
-        archive.append_path_with_name(path, name).context(|| "pack the file")?;
+        archive.append_path_with_name(path, name).context(|| "pack the file")
+    };
+    if let Err(error) = packed {
+        // Dropped, it would end as an archive that is complete.
+        std::mem::forget(archive);
+        return Err(error);
     }
     archive.into_inner().and_then(|mut inner| inner.flush()).context(|| "end the archive")
 }

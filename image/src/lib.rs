@@ -11,6 +11,8 @@ mod config;
 mod digest;
 pub mod erofs;
 mod error;
+#[doc(hidden)]
+pub mod fuzzing;
 mod image;
 pub mod layer;
 mod load;

@@ -1,42 +1,15 @@
 //! `bulkhead-oci`: an OCI runtime with runc's command line, whose containers are microVMs.
 //!
-//! Read in this order: [`verbs`] (what each verb does), [`sandbox`] (the process that is a container on the host),
-//! [`config`] (what of config.json is whose).
-
-mod args;
-mod cgroup;
-mod config;
-mod console;
-mod hooks;
-mod log;
-mod pod;
-mod sandbox;
-mod store;
-mod verbs;
+//! The library beside it says where to begin to read.
 
 use std::process::ExitCode;
 
+use bulkhead_oci::args::{Arguments, Verb};
+use bulkhead_oci::log::Log;
+use bulkhead_oci::store::{self, Root};
+use bulkhead_oci::{Context, verbs};
 use bulkhead_runtime::{Error, Settings, trace};
 use clap::Parser;
-
-use crate::args::{Arguments, Verb};
-use crate::log::Log;
-use crate::store::Root;
-
-/// What every verb works with.
-#[derive(Debug)]
-pub struct Context {
-    /// The containers.
-    pub root: Root,
-    /// Where messages go.
-    pub log: Log,
-    /// The administrator's.
-    pub settings: Settings,
-    /// cgroupsPath names a unit of systemd's.
-    pub systemd_cgroup: bool,
-    /// The host's cgroups are not ours to write.
-    pub rootless: bool,
-}
 
 fn main() -> ExitCode {
     trace::begin();

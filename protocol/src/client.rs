@@ -7,6 +7,7 @@ use std::io::{self, Read, Write};
 
 use prost::Message;
 
+use crate::stream::read_within;
 use crate::wire::{self, Code, HEADER_LEN, Header, Kind, Request, Response, WireError};
 
 /// Why a call failed.
@@ -53,6 +54,15 @@ impl CallError {
 
 /// Longest error text that is taken from the peer, in characters.
 const MAX_MESSAGE: usize = 4096;
+/// Most frames that belong to no call of this client's before it gives up: none comes from an agent.
+const MAX_STRAYS: u32 = 16;
+
+/// The peer's words as they can be shown: cut to a length that can be printed, and without anything that a terminal would
+/// obey.
+#[must_use]
+pub fn words(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control() || matches!(c, '\n' | '\t')).take(MAX_MESSAGE).collect()
+}
 
 /// One connection to a service.
 #[derive(Debug)]
@@ -92,29 +102,31 @@ impl<S: Read + Write> Client<S> {
         Ok(id)
     }
 
-    /// Waits for the answer to request `id`. Answers to other requests are dropped: one call at a time.
+    /// Waits for the answer to request `id`. Answers to other requests are dropped, as far as there are few: one call at a time.
     ///
     /// # Errors
     /// Every [`CallError`].
     pub fn receive<R: Message + Default>(&mut self, method: &'static str, id: u32) -> Result<R, CallError> {
         let io = |source| CallError::Io { method, source };
         let bad = |source| CallError::Wire { method, source };
-        loop {
+        for _ in 0..=MAX_STRAYS {
+            let mut begun = None;
             let mut header = [0; HEADER_LEN];
-            self.stream.read_exact(&mut header).map_err(io)?;
+            read_within(&mut self.stream, &mut header, &mut begun).map_err(io)?;
             let header = Header::parse(&header).map_err(bad)?;
             let mut payload = vec![0; header.length];
-            self.stream.read_exact(&mut payload).map_err(io)?;
+            read_within(&mut self.stream, &mut payload, &mut begun).map_err(io)?;
             if header.kind != Kind::Response || header.stream_id != id {
                 continue;
             }
             let response = Response::decode(payload.as_slice()).map_err(|e| bad(e.into()))?;
             if let Some(status) = response.status.filter(|status| status.code != 0) {
-                let message = status.message.chars().take(MAX_MESSAGE).collect();
+                let message = words(&status.message);
                 return Err(CallError::Refused { code: Code::from_number(status.code), message });
             }
             return R::decode(response.payload.as_slice()).map_err(|e| bad(e.into()));
         }
+        Err(bad(WireError::Unasked))
     }
 
     /// A call and its answer.
@@ -155,6 +167,29 @@ mod tests {
         let error = answered_with(Response::error(Code::NotFound, "no such thing")).unwrap_err();
         assert_eq!(error.code(), Some(Code::NotFound));
         assert_eq!(error.to_string(), "no such thing");
+    }
+
+    #[test]
+    fn a_refusal_does_nothing_to_a_terminal() {
+        let said = format!("no\x1b]0;owned\x07 such\tthing\n\u{9b}2J{}", "x".repeat(5000));
+        let shown = answered_with(Response::error(Code::NotFound, said)).unwrap_err().to_string();
+        assert!(shown.starts_with("no]0;owned such\tthing\n2Jxxx"), "{shown:?}");
+        assert_eq!(shown.chars().count(), MAX_MESSAGE);
+    }
+
+    #[test]
+    fn who_says_much_that_nobody_asked_for_is_not_listened_to() {
+        for (strays, heard) in [(MAX_STRAYS, true), (MAX_STRAYS + 1, false)] {
+            let (ours, mut theirs) = UnixStream::pair().unwrap();
+            let answer = Response::ok(&CreateContainerResponse { pid: 42 });
+            for _ in 0..strays {
+                theirs.write_all(&wire::encode(Kind::Response, 7, &answer).unwrap()).unwrap();
+            }
+            theirs.write_all(&wire::encode(Kind::Response, 1, &answer).unwrap()).unwrap();
+            let result =
+                Client::new(ours, "s").call::<CreateContainerResponse>("M", &ContainerRequest::default());
+            assert_eq!(result.is_ok(), heard, "{strays}: {result:?}");
+        }
     }
 
     #[test]

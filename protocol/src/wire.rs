@@ -31,6 +31,9 @@ pub enum WireError {
     /// The payload is not the protobuf message it should be.
     #[error("ttrpc frame does not decode: {0}")]
     Decode(#[from] prost::DecodeError),
+    /// Many frames that belong to no call.
+    #[error("the peer sends ttrpc frames that nobody asked for")]
+    Unasked,
 }
 
 /// A parsed frame header.

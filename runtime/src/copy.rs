@@ -3,9 +3,12 @@
 //! What comes out of a guest is hostile: it is unpacked below the target directory only, with nothing that reaches
 //! outside it, no devices, and no owner but the caller.
 
+use std::borrow::Cow;
+use std::ffi::OsString;
 use std::fs;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Component, Path, PathBuf};
 
@@ -74,14 +77,44 @@ fn ends_with_dot(path: &Path) -> bool {
     path.as_os_str().as_encoded_bytes().ends_with(b"/.") || path == Path::new(".")
 }
 
+/// Bytes of a block of an archive.
+const BLOCK: u64 = 512;
+/// Longest name and longest target of a link in an archive, in bytes: what Linux can have.
+const MAX_NAME: u64 = 4096;
+
 /// Unpacks a guest's archive. Its first entry is the thing itself; what follows lies below it.
-fn unpack(stream: impl Read, to: &Path, contents_only: bool) -> io::Result<()> {
-    let mut archive = tar::Archive::new(stream);
+///
+/// The agent writes archives as GNU tar has them. Long names are read here and not by the `tar` crate, which reads them whole,
+/// however long a guest says that they are.
+pub(crate) fn unpack(stream: impl Read, to: &Path, contents_only: bool) -> io::Result<()> {
+    let mut count = 0;
+    let mut archive = tar::Archive::new(Counting { stream, count: &mut count });
     let mut root: Option<(PathBuf, PathBuf)> = None; // the first entry's name, and what it becomes here
-    for entry in archive.entries()? {
+    let (mut long_name, mut long_link) = (None, None);
+    let mut end = 0;
+    for entry in archive.entries()?.raw(true) {
         let mut entry = entry?;
-        let name = plain(&entry.path()?)?;
         let kind = entry.header().entry_type();
+        end = entry.raw_file_position().saturating_add(entry.size().next_multiple_of(BLOCK));
+        if kind.is_gnu_longname() {
+            long_name = Some(long(&mut entry)?);
+            continue;
+        }
+        if kind.is_gnu_longlink() {
+            long_link = Some(long(&mut entry)?);
+            continue;
+        }
+        if kind.is_pax_local_extensions() || kind.is_pax_global_extensions() {
+            return Err(odd("an archive with pax headers, which no agent writes"));
+        }
+        let name = plain(&long_name.take().map_or_else(|| entry.path().map(Cow::into_owned), Ok)?)?;
+        let mut link = || -> io::Result<PathBuf> {
+            let link = match long_link.take() {
+                Some(link) => Some(link),
+                None => entry.link_name()?.map(Cow::into_owned),
+            };
+            link.ok_or_else(|| odd("a link to nothing"))
+        };
         let (first, place) = match &root {
             Some(root) => root,
             None => {
@@ -113,11 +146,11 @@ fn unpack(stream: impl Read, to: &Path, contents_only: bool) -> io::Result<()> {
             io::copy(&mut entry, &mut file)?;
             set_mode(&file, entry.header().mode()?)?;
         } else if kind.is_symlink() {
-            let link = entry.link_name()?.ok_or_else(|| odd("a link to nothing"))?;
+            let link = link()?;
             let _ = fs::remove_file(&target);
             std::os::unix::fs::symlink(link, &target)?;
         } else if kind.is_hard_link() {
-            let link = plain(&entry.link_name()?.ok_or_else(|| odd("a link to nothing"))?)?;
+            let link = plain(&link()?)?;
             let below = link.strip_prefix(first).map_err(|_| odd("a hard link out of what was asked for"))?;
             let source = place.join(below);
             no_links_below(place, &source)?;
@@ -126,7 +159,43 @@ fn unpack(stream: impl Read, to: &Path, contents_only: bool) -> io::Result<()> {
         }
         // Devices, fifos and sockets of a guest have no business on the host.
     }
-    if root.is_none() { Err(odd("the container's archive is empty")) } else { Ok(()) }
+    drop(archive);
+    if root.is_none() {
+        return Err(odd("the container's archive is empty"));
+    }
+    // The mark of an archive's end is two blocks, of which the first is read. An agent that could not go on leaves it out.
+    if count < end.saturating_add(BLOCK) {
+        return Err(io::Error::new(
+            io::ErrorKind::UnexpectedEof,
+            "the container's archive breaks off: not all of it was copied",
+        ));
+    }
+    Ok(())
+}
+
+/// Counts what is read.
+struct Counting<'a, R> {
+    stream: R,
+    count: &'a mut u64,
+}
+
+impl<R: Read> Read for Counting<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let length = self.stream.read(buffer)?;
+        *self.count += length as u64;
+        Ok(length)
+    }
+}
+
+/// A name that has an entry of its own.
+fn long<R: Read>(entry: &mut tar::Entry<'_, R>) -> io::Result<PathBuf> {
+    if entry.size() > MAX_NAME + 1 {
+        return Err(odd("a name of over 4096 bytes"));
+    }
+    let mut bytes = Vec::new();
+    entry.read_to_end(&mut bytes)?;
+    bytes.truncate(bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len()));
+    Ok(OsString::from_vec(bytes).into())
 }
 
 /// A relative path without `..`.
@@ -209,6 +278,44 @@ mod tests {
         unpack(bytes.as_slice(), dir.path(), false).unwrap();
         assert_eq!(fs::read(dir.path().join("d/l")).unwrap(), b"hi");
         assert_eq!(fs::metadata(dir.path().join("d/f")).unwrap().permissions().mode() & 0o7777, 0o755);
+    }
+
+    #[test]
+    fn long_names_arrive_and_absurd_ones_are_not_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let name = format!("d/{}", "n".repeat(200));
+        let mut builder = tar::Builder::new(Vec::new());
+        builder.append_data(&mut header(Directory, 0), "d", &b""[..]).unwrap();
+        builder.append_data(&mut header(Regular, 2), &name, &b"hi"[..]).unwrap();
+        builder.append_link(&mut header(Symlink, 0), "d/l", "t".repeat(300)).unwrap();
+        unpack(builder.into_inner().unwrap().as_slice(), dir.path(), false).unwrap();
+        assert_eq!(fs::read(dir.path().join(name)).unwrap(), b"hi");
+        assert_eq!(fs::read_link(dir.path().join("d/l")).unwrap().as_os_str().len(), 300);
+
+        // A name without end: nothing is kept of it.
+        let absurd = header(tar::EntryType::GNULongName, 1 << 40);
+        let endless = absurd.as_bytes().chain(io::repeat(b'x'));
+        assert!(unpack(endless, dir.path(), false).unwrap_err().to_string().contains("4096"));
+        let pax = header(tar::EntryType::XHeader, 1 << 40);
+        assert!(unpack(pax.as_bytes().chain(io::repeat(b'x')), dir.path(), false).is_err());
+    }
+
+    fn header(kind: tar::EntryType, size: u64) -> tar::Header {
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(kind);
+        header.set_mode(0o755);
+        header.set_size(size);
+        header.set_cksum();
+        header
+    }
+
+    #[test]
+    fn an_archive_that_breaks_off_is_an_error_wherever_it_does() {
+        let bytes = archive(&[("d", Directory, ""), ("d/f", Regular, "hi"), ("d/g", Regular, "there")]);
+        for length in (0..bytes.len() - 512).step_by(256) {
+            let dir = tempfile::tempdir().unwrap();
+            assert!(unpack(&bytes[..length], dir.path(), false).is_err(), "{length} of {}", bytes.len());
+        }
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use bulkhead_protocol::agent::stream_hello::Kind;
 use bulkhead_protocol::agent::{ConfigureRequest, GuestInfo, StreamHello, StreamReply};
-use bulkhead_protocol::client::{CallError, Client};
+use bulkhead_protocol::client::{CallError, Client, words};
 use bulkhead_protocol::{AGENT_PORT, AGENT_SERVICE, PROTOCOL_VERSION, STREAM_PORT, stream};
 
 use crate::state::now_ns;
@@ -90,8 +90,8 @@ impl Guest {
             answer.extend_from_slice(&byte);
         }
         if !answer.starts_with(b"OK ") {
-            let words = String::from_utf8_lossy(&answer);
-            return Err(Error::Monitor(format!("the monitor refused a connection: {}", words.trim_end())));
+            let said = words(&String::from_utf8_lossy(&answer));
+            return Err(Error::Monitor(format!("the monitor refused a connection: {}", said.trim_end())));
         }
         connection.set_read_timeout(None).context(what)?;
         Ok(connection)
@@ -111,7 +111,7 @@ pub fn configure(agent: &mut Agent, request: ConfigureRequest) -> Result<GuestIn
     let what = || "cannot set the guest up".to_owned();
     // A guest that goes on from a template has not shown yet that it is well.
     agent.stream().set_read_timeout(Some(PATIENCE)).context(what)?;
-    let info: GuestInfo = agent.call("Configure", &request).map_err(|error| match error {
+    let mut info: GuestInfo = agent.call("Configure", &request).map_err(|error| match error {
         CallError::Io { source, .. } if source.kind() == io::ErrorKind::WouldBlock => {
             Error::Io { what: what(), source: silent(source) }
         }
@@ -119,6 +119,8 @@ pub fn configure(agent: &mut Agent, request: ConfigureRequest) -> Result<GuestIn
     })?;
     agent.stream().set_read_timeout(None).context(what)?;
     if info.protocol == PROTOCOL_VERSION {
+        // It is kept, and shown.
+        info.kernel_release = words(&info.kernel_release);
         return Ok(info);
     }
     Err(Error::Usage(format!(
@@ -131,7 +133,7 @@ pub fn configure(agent: &mut Agent, request: ConfigureRequest) -> Result<GuestIn
 /// Reads the agent's reply to a hello, or to a finished archive.
 pub(crate) fn accepted(connection: &mut UnixStream) -> io::Result<()> {
     let reply: StreamReply = stream::read_message(connection).map_err(silent)?;
-    if reply.error.is_empty() { Ok(()) } else { Err(io::Error::other(reply.error)) }
+    if reply.error.is_empty() { Ok(()) } else { Err(io::Error::other(words(&reply.error))) }
 }
 
 /// Puts words to the two ways in which a peer says nothing.

@@ -13,6 +13,8 @@ pub mod doctor;
 pub mod drives;
 mod error;
 pub mod exec;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod guest;
 pub mod launch;
 pub mod logs;

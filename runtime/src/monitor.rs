@@ -287,6 +287,8 @@ impl Monitor {
             let [ready, ended, interrupted] = fds.map(|fd| !fd.revents().is_empty());
             if ready {
                 self.ready.accept().context(|| "cannot hear the agent".into())?;
+                // It calls once. Whoever in the guest calls later finds nobody, rather than connections that nobody accepts.
+                let _ = fs::remove_file(self.files.ready());
                 return Ok(());
             }
             if ended {

@@ -21,5 +21,14 @@ pub(crate) fn can_hold_xattr(name: &[u8]) -> bool {
     format::split_xattr_name(name).is_some()
 }
 
+/// Makes the checksum of a superblock right, if there is one.
+pub(crate) fn correct_checksum(image: &mut [u8]) {
+    use format::{BLOCK, SUPER_OFFSET};
+    let Some(block) = image.get_mut(SUPER_OFFSET as usize..BLOCK as usize) else { return };
+    block[4..8].fill(0);
+    let sum = format::crc32c(block);
+    block[4..8].copy_from_slice(&sum.to_le_bytes());
+}
+
 #[cfg(test)]
 mod tests;

@@ -162,7 +162,7 @@ impl Bundle {
         let file = mounts.rfind(|mount| text(mount, "/destination") == "/etc/resolv.conf")?;
         // One that is missing is told of when it is shared.
         let mut lines = String::new();
-        let file = fs::File::open(self.dir.join(text(file, "/source"))).ok()?;
+        let file = open_config(&self.dir.join(text(file, "/source"))).ok()?;
         file.take(MAX_RESOLV_CONF).read_to_string(&mut lines).ok()?;
         names::server_in(&lines)
     }
@@ -279,7 +279,7 @@ pub fn read_json(path: &Path) -> Result<Value> {
     parse(path, fs::File::open(path).context(|| format!("cannot read {}", path.display()))?)
 }
 
-/// A bundle's config.json. It comes from others: one that is a fifo must not keep us waiting.
+/// A bundle's config.json, or another file that it names. It comes from others: one that is a fifo must not keep us waiting.
 fn open_config(path: &Path) -> Result<fs::File> {
     use std::os::unix::fs::OpenOptionsExt;
     let what = || format!("cannot read {}", path.display());

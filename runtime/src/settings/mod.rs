@@ -213,7 +213,7 @@ impl Settings {
         }
     }
 
-    fn salvage(text: &str) -> Self {
+    pub(crate) fn salvage(text: &str) -> Self {
         let of = |section: &str| Self::parse(&part(text, section)).unwrap_or_default();
         Self { paths: of("paths").paths, programs: of("programs").programs, ..Self::default() }
     }
@@ -238,7 +238,7 @@ impl Settings {
     }
 
     /// The error begins with the line's number.
-    fn parse(text: &str) -> Result<Self, String> {
+    pub(crate) fn parse(text: &str) -> Result<Self, String> {
         toml::from_str(text).map_err(|error| {
             let at = error.span().map_or(0, |span| span.start);
             let before = text.get(..at).unwrap_or_default();

@@ -11,9 +11,12 @@ use tempfile::TempDir;
 /// Where the tiny guests' code is loaded and entered.
 pub const ENTRY: u32 = 0x20_0000;
 
-/// Machine code of 64-bit mode, put together piece by piece.
+/// Machine code of 64-bit mode, put together piece by piece, and what lies in memory beside it.
 #[derive(Default, Clone)]
-pub struct Guest(Vec<u8>);
+pub struct Guest {
+    code: Vec<u8>,
+    data: Vec<(u32, Vec<u8>)>,
+}
 
 impl Guest {
     pub fn new() -> Self {
@@ -21,8 +24,30 @@ impl Guest {
     }
 
     pub fn raw(mut self, code: &[u8]) -> Self {
-        self.0.extend(code);
+        self.code.extend(code);
         self
+    }
+
+    /// Bytes that are in memory at `address` from the beginning.
+    pub fn place(mut self, address: u32, bytes: impl Into<Vec<u8>>) -> Self {
+        self.data.push((address, bytes.into()));
+        self
+    }
+
+    /// After it, another one: code goes on, and its data is there, too.
+    pub fn then(mut self, other: &Self) -> Self {
+        self.data.extend(other.data.iter().cloned());
+        self.raw(&other.code)
+    }
+
+    /// What `body` adds, so many times. It must leave %ebp alone.
+    pub fn times(self, count: u32, body: impl FnOnce(Self) -> Self) -> Self {
+        // mov $count,%ebp; 1: body; dec %ebp; jnz 1b
+        let head = self.raw(&[0xbd]).raw(&count.to_le_bytes());
+        let start = head.code.len();
+        let looped = body(head).raw(&[0xff, 0xcd]);
+        let back = start as i64 - (looped.code.len() as i64 + 6);
+        looped.raw(&[0x0f, 0x85]).raw(&(back as i32).to_le_bytes())
     }
 
     /// mov $value,%eax
@@ -113,7 +138,6 @@ impl Guest {
         self.raw(&[0xb9]).raw(&times.to_le_bytes()).raw(&[0xe2, 0xfe])
     }
 
-    /// jmp .
     /// Writes a byte of each of so many pages of 4 KiB from `address` on.
     pub fn touch(self, address: u32, pages: u32) -> Self {
         // mov address,%ebx; mov pages,%ecx; 1: mov %cl,(%rbx); add $4096,%ebx; dec %ecx; jnz 1b
@@ -124,8 +148,14 @@ impl Guest {
             .raw(&[0x88, 0x0b, 0x81, 0xc3, 0, 0x10, 0, 0, 0xff, 0xc9, 0x75, 0xf4])
     }
 
+    /// jmp .
     pub fn spin(self) -> Self {
         self.raw(&[0xeb, 0xfe])
+    }
+
+    /// 1: hlt; jmp 1b
+    pub fn halt(self) -> Self {
+        self.raw(&[0xf4, 0xeb, 0xfd])
     }
 
     /// An exception with no handlers: an empty interrupt table (it is loaded from the zeros at 0x3000), then ud2.
@@ -133,8 +163,12 @@ impl Guest {
         self.raw(&[0x0f, 0x01, 0x1c, 0x25, 0x00, 0x30, 0, 0]).raw(&[0x0f, 0x0b]).spin()
     }
 
-    /// An ELF file of one segment.
+    /// An ELF file: a segment of code, and one for each piece of data.
     pub fn elf(&self) -> Vec<u8> {
+        // Code may use a page after its end.
+        let code = (ENTRY, &self.code, self.code.len() + 4096);
+        let data = self.data.iter().map(|(address, bytes)| (*address, bytes, bytes.len()));
+        let segments: Vec<_> = std::iter::once(code).chain(data).collect();
         let mut elf = Vec::new();
         elf.extend(b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0");
         elf.extend(2_u16.to_le_bytes());
@@ -144,17 +178,24 @@ impl Guest {
         elf.extend(64_u64.to_le_bytes());
         elf.extend(0_u64.to_le_bytes());
         elf.extend(0_u32.to_le_bytes());
-        for half in [64_u16, 56, 1, 0, 0, 0] {
+        for half in [64_u16, 56, segments.len() as u16, 0, 0, 0] {
             elf.extend(half.to_le_bytes());
         }
-        elf.extend(1_u32.to_le_bytes());
-        elf.extend(7_u32.to_le_bytes());
-        let length = self.0.len() as u64;
-        for word in [4096, u64::from(ENTRY), u64::from(ENTRY), length, length + 4096, 4096] {
-            elf.extend(word.to_le_bytes());
+        let mut offset = (64 + 56 * segments.len() as u64).next_multiple_of(4096);
+        let mut content = Vec::new();
+        for (address, bytes, in_memory) in segments {
+            elf.extend(1_u32.to_le_bytes());
+            elf.extend(7_u32.to_le_bytes());
+            let (address, length) = (u64::from(address), bytes.len() as u64);
+            for word in [offset, address, address, length, in_memory as u64, 4096] {
+                elf.extend(word.to_le_bytes());
+            }
+            content.resize(content.len().next_multiple_of(4096), 0);
+            content.extend(bytes);
+            offset += length.next_multiple_of(4096);
         }
-        elf.resize(4096, 0);
-        elf.extend(&self.0);
+        elf.resize(elf.len().next_multiple_of(4096), 0);
+        elf.extend(content);
         elf
     }
 }

@@ -239,6 +239,29 @@ mod tests {
     }
 
     #[test]
+    fn a_ring_full_of_large_requests_lets_others_have_their_turn() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        std::fs::File::create(&path).unwrap().set_len(16 << 20).unwrap();
+        let mut driver = Driver::new(Box::new(Block::new("disk", Disk::raw(&path, false).unwrap())));
+        driver.put(DATA, &[0; 16]);
+        let mut chain = vec![(DATA, 16, 0)];
+        chain.extend([(DATA + 4096, 1 << 20, WRITE); 16]);
+        chain.push((DATA + 64, 1, WRITE));
+        for request in 0..6_u16 {
+            driver.offer(0, request * 20, &chain);
+        }
+        driver.kick(0);
+        assert_eq!(driver.used(0), (2, (20, (16 << 20) + 1)));
+        // It has called itself again.
+        for done in [4, 6] {
+            assert!(driver.transport.kicks()[0].read().is_ok());
+            driver.transport.queue_event(0);
+            assert_eq!(driver.used(0).0, done);
+        }
+    }
+
+    #[test]
     fn a_device_that_was_misused_works_again_after_a_reset() {
         let dir = tempfile::tempdir().unwrap();
         let mut driver = Driver::new(disk(&dir, false));

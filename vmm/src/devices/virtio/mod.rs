@@ -95,6 +95,10 @@ pub trait VirtioDevice: Send {
     fn acknowledged(&mut self) {}
     /// Features it offers.
     fn features(&self) -> u64;
+    /// Whether these, all of which it offers, go together.
+    fn accepts(&self, _features: u64) -> bool {
+        true
+    }
     /// Its configuration space.
     fn config(&self) -> &[u8];
     /// The driver is ready.

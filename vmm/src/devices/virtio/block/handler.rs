@@ -16,6 +16,8 @@ use crate::devices::virtio::queue::{self, Buffers, DeviceQueue};
 use crate::devices::virtio::{GuestError, Progress};
 use crate::memory::GuestMemory;
 
+/// Bytes after whose moving others have their turn: a ring full of the largest requests is 4 GiB.
+const ROUND_BYTES: usize = 32 << 20;
 /// Length of the name that GET_ID tells.
 const ID_BYTES: usize = 20;
 
@@ -30,14 +32,18 @@ pub struct Handler {
 }
 
 impl Handler {
-    /// Works off what is available, at most one round of the ring.
+    /// Works off what is available, at most one round of the ring, and about [`ROUND_BYTES`].
     ///
     /// # Errors
     /// When the guest breaks the rules.
     pub fn process(&mut self) -> Result<Progress, GuestError> {
         let memory = Arc::clone(&self.memory);
         self.queue.disable_kicks(&memory)?;
+        let mut moved = 0_usize;
         for _ in 0..self.queue.size() {
+            if moved >= ROUND_BYTES {
+                break;
+            }
             let Some(chain) = self.queue.pop(&memory)? else {
                 self.queue.notify(&memory)?;
                 if self.queue.enable_kicks(&memory)? {
@@ -47,6 +53,7 @@ impl Handler {
             };
             let head = chain.head_index();
             let request = Request::parse(Buffers::of(&memory, chain)?)?;
+            moved = moved.saturating_add(request.operation.bytes());
             let (status, written) = match self.execute(request.operation) {
                 Ok(Done::Written(bytes)) => (VIRTIO_BLK_S_OK, bytes),
                 Ok(Done::Unsupported) => (VIRTIO_BLK_S_UNSUPP, 0),

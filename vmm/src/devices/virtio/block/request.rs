@@ -84,6 +84,14 @@ impl<'m> Request<'m> {
 }
 
 impl<'m> Operation<'m> {
+    /// Bytes that it moves.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::Read { to: data, .. } | Self::Write { from: data, .. } => queue::total(data),
+            _ => 0,
+        }
+    }
+
     fn new(kind: u32, offset: Option<u64>, data_out: Slices<'m>, data_in: Slices<'m>) -> Self {
         let whole_sectors = |data: &Slices<'_>| matches!(queue::total(data), n if n <= MAX_TRANSFER && n.is_multiple_of(SECTOR as usize));
         match (kind, offset) {

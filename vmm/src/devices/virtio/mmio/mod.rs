@@ -233,6 +233,8 @@ impl MmioTransport {
         state.complain(&error.to_string());
         state.active = false;
         state.device.reset();
+        // The device has taken the others along. Who saves the machine now saves a device of so many queues all the same.
+        state.queues = fresh_queues(state.device.as_ref());
         state.status |= status::NEEDS_RESET;
         self.interrupt.config_change();
         Progress::Done
@@ -290,7 +292,8 @@ impl MmioTransport {
         }
         let mut value = value | (state.status & status::NEEDS_RESET);
         let offered = state.device.features();
-        if value & status::FEATURES_OK != 0 && state.driver_features & !offered != 0 {
+        let refused = state.driver_features & !offered != 0 || !state.device.accepts(state.driver_features);
+        if value & status::FEATURES_OK != 0 && refused {
             // Refused: the driver sees that the bit does not stick.
             value &= !status::FEATURES_OK;
         }

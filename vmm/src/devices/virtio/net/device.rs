@@ -9,6 +9,7 @@ use virtio_queue::QueueState;
 
 use super::backend::Backend;
 use super::handler::{Handler, Rings, Scratch};
+use super::header;
 use super::metrics::Metrics;
 use super::receive::ReceiveBuffers;
 use super::unplugged::Unplugged;
@@ -24,6 +25,8 @@ pub struct Net {
     features: u64,
     config: [u8; 12],
     handler: Handler,
+    /// It was said that the guest's offloads cannot be had: a guest could have it said at every reset.
+    told: bool,
     metrics: Arc<Metrics>,
 }
 
@@ -52,7 +55,7 @@ impl Net {
         config[10..].copy_from_slice(&mtu.to_le_bytes());
         let metrics = Arc::new(Metrics::default());
         let handler = Handler { backend, rings: None, mtu: usize::from(mtu), metrics: Arc::clone(&metrics) };
-        Self { name: name.to_owned(), features, config, handler, metrics }
+        Self { name: name.to_owned(), features, config, handler, told: false, metrics }
     }
 }
 
@@ -73,13 +76,19 @@ impl VirtioDevice for Net {
         self.features
     }
 
+    fn accepts(&self, features: u64) -> bool {
+        header::go_together(features)
+    }
+
     fn config(&self) -> &[u8] {
         &self.config
     }
 
     fn activate(&mut self, activation: Activation) {
         let Activation { memory, queues, interrupt, features, .. } = activation;
-        if let Err(error) = self.handler.backend.use_offloads(features) {
+        if let Err(error) = self.handler.backend.use_offloads(features)
+            && !std::mem::replace(&mut self.told, true)
+        {
             // The host then hands over packets that the guest cannot take; they are lost, nothing else is.
             eprintln!("bulkhead-vmm: {}: the tap does not take the guest's offloads: {error}", self.name);
         }

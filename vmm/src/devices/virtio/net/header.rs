@@ -37,6 +37,21 @@ pub const GUEST_SEGMENTS: u64 = 1 << VIRTIO_NET_F_GUEST_TSO4
     | 1 << VIRTIO_NET_F_GUEST_USO4
     | 1 << VIRTIO_NET_F_GUEST_USO6;
 
+/// Whether a driver accepted with each feature what that one needs (section 5.1.3.1). The host's kernel refuses others, too.
+pub fn go_together(features: u64) -> bool {
+    let has = |feature: u32| features & 1 << feature != 0;
+    let any = |list: &[u32]| list.iter().any(|feature| has(*feature));
+    let (host_tso, guest_tso) = (
+        any(&[VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6]),
+        any(&[VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6]),
+    );
+    let host = host_tso || any(&[VIRTIO_NET_F_HOST_UFO, VIRTIO_NET_F_HOST_USO]);
+    (!host || has(VIRTIO_NET_F_CSUM))
+        && (features & GUEST_SEGMENTS == 0 || has(VIRTIO_NET_F_GUEST_CSUM))
+        && (!has(VIRTIO_NET_F_HOST_ECN) || host_tso)
+        && (!has(VIRTIO_NET_F_GUEST_ECN) || guest_tso)
+}
+
 /// What the guest's header of a packet of `frame` bytes says, with nothing in it that it may not say; `None` when the
 /// packet is to be dropped.
 pub fn checked(header: [u8; HEADER_BYTES], frame: usize, features: u64) -> Option<[u8; HEADER_BYTES]> {

@@ -244,3 +244,26 @@ proptest! {
         prop_assert!(received.iter().all(|one| *one == frame(one.len())));
     }
 }
+
+#[test]
+fn features_that_do_not_go_together_are_refused() {
+    let status = |features: u64| {
+        let backend = Memory { event: EventFd::new(libc::EFD_NONBLOCK).unwrap(), wire: Arc::default() };
+        let driver = Driver::new(Box::new(Net::new("net0", Box::new(backend), None, 1500)));
+        driver.write(0x70, 0);
+        driver.write(0x70, 3);
+        driver.write(0x24, 1);
+        driver.write(0x20, 1);
+        driver.write(0x24, 0);
+        driver.write(0x20, features as u32);
+        driver.write(0x70, 11);
+        driver.read(0x70)
+    };
+    for good in [0, header::CSUM, header::GUEST_CSUM, header::CSUM | header::GUEST_CSUM | header::TSO] {
+        assert_eq!(status(good), 11, "{good:#x}");
+    }
+    for bad in [header::TSO, header::TSO | header::CSUM, header::TSO | header::GUEST_CSUM] {
+        assert_eq!(status(bad), 3, "{bad:#x}");
+    }
+    assert!(!header::go_together(header::ECN) && !header::go_together(header::UFO | header::GUEST_CSUM));
+}

@@ -11,10 +11,10 @@ use vm_memory::VolatileSlice;
 use super::stream::HostStream;
 use crate::devices::virtio::queue;
 
-/// Bytes kept for a host that does not read: the credit given to the guest.
+/// Bytes kept for a host that does not read: the most credit that the guest is given.
 pub const BUFFER: u32 = 256 * 1024;
-/// Freed credit after which the guest is told, if nothing else tells it.
-const UPDATE_AFTER: u32 = BUFFER / 4;
+/// Of its credit, so much must come free before the guest is told, if nothing else tells it.
+const UPDATE_AFTER: u32 = 4;
 /// Most payload bytes of a packet.
 pub const MAX_PAYLOAD: u32 = 64 * 1024;
 
@@ -107,8 +107,9 @@ pub struct Connection<S> {
     readable: bool,
     /// The host closed both directions.
     hung_up: bool,
-    /// The guest's data that the host has not taken.
+    /// The guest's data that the host has not taken, and how much of it there may be: the guest's credit.
     buffer: VecDeque<u8>,
+    window: u32,
     /// Bytes from the guest that the host has taken, and how many the guest was told of.
     forwarded: Wrapping<u32>,
     told: Wrapping<u32>,
@@ -120,21 +121,21 @@ pub struct Connection<S> {
 }
 
 impl<S: HostStream> Connection<S> {
-    /// A stream that the host asks the guest for.
-    pub fn request(stream: S) -> Self {
-        let mut connection = Self::new(stream, State::Requested, Credit { buf_alloc: 0, fwd_cnt: 0 });
+    /// A stream that the host asks the guest for, which is given credit for `window` bytes.
+    pub fn request(stream: S, window: u32) -> Self {
+        let mut connection = Self::new(stream, State::Requested, Credit { buf_alloc: 0, fwd_cnt: 0 }, window);
         connection.send_request = true;
         connection
     }
 
-    /// A stream that the guest asked for.
-    pub fn accept(stream: S, guest_credit: Credit) -> Self {
-        let mut connection = Self::new(stream, State::Established, guest_credit);
+    /// A stream that the guest asked for, and the same.
+    pub fn accept(stream: S, guest_credit: Credit, window: u32) -> Self {
+        let mut connection = Self::new(stream, State::Established, guest_credit, window);
         connection.send_response = true;
         connection
     }
 
-    fn new(stream: S, state: State, guest_credit: Credit) -> Self {
+    fn new(stream: S, state: State, guest_credit: Credit, window: u32) -> Self {
         Self {
             stream,
             state,
@@ -148,6 +149,7 @@ impl<S: HostStream> Connection<S> {
             readable: true,
             hung_up: false,
             buffer: VecDeque::new(),
+            window,
             forwarded: Wrapping(0),
             told: Wrapping(0),
             sent: Wrapping(0),
@@ -184,7 +186,7 @@ impl<S: HostStream> Connection<S> {
         let established = self.state == State::Established;
         let promised = self.guest_shutdown & SHUTDOWN_SEND == 0;
         // A correct guest never has more than our buffer in flight.
-        let room = (BUFFER as usize).saturating_sub(self.buffer.len());
+        let room = (self.window as usize).saturating_sub(self.buffer.len());
         if !established || !promised || length > room {
             return self.reset();
         }
@@ -382,7 +384,7 @@ impl<S: HostStream> Connection<S> {
         // Every packet tells the credit.
         self.told = self.forwarded;
         self.send_credit_update = false;
-        let credit = Credit { buf_alloc: BUFFER, fwd_cnt: self.forwarded.0 };
+        let credit = Credit { buf_alloc: self.window, fwd_cnt: self.forwarded.0 };
         Outgoing { op, flags, length, credit }
     }
 
@@ -416,7 +418,7 @@ impl<S: HostStream> Connection<S> {
                 self.reset();
             }
         }
-        if (self.forwarded - self.told).0 >= UPDATE_AFTER {
+        if (self.forwarded - self.told).0 >= self.window / UPDATE_AFTER {
             self.send_credit_update = true;
         }
     }

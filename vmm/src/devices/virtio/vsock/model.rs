@@ -146,10 +146,10 @@ fn byte(n: usize) -> u8 {
 
 proptest! {
     #[test]
-    fn every_byte_arrives_once_in_order_and_then_the_end(moves in moves()) {
+    fn every_byte_arrives_once_in_order_and_then_the_end(moves in moves(), window in proptest::sample::select(vec![BUFFER, BUFFER / 4, BUFFER / 16])) {
         let end = End::default();
-        let mut guest = Guest { host_buf_alloc: BUFFER, ..Guest::default() };
-        let mut connection = Connection::accept(end.clone(), guest.credit());
+        let mut guest = Guest { host_buf_alloc: window, ..Guest::default() };
+        let mut connection = Connection::accept(end.clone(), guest.credit(), window);
         let (mut said, mut guest_ended, mut host_ended) = (0, false, false);
         for one in &moves {
             match *one {
@@ -189,7 +189,7 @@ proptest! {
                 Move::GuestAsksCredit => connection.on_credit_request(),
                 Move::GuestSends(_) | Move::HostSays(_) => {}
             }
-            prop_assert!(connection.buffered() <= BUFFER as usize);
+            prop_assert!(connection.buffered() <= window as usize);
             prop_assert_eq!(connection.fate(), Fate::Alive);
         }
         // In the end both take everything.
@@ -207,13 +207,13 @@ proptest! {
         prop_assert_eq!(guest.got.len(), said);
         prop_assert!(guest.got.iter().enumerate().all(|(n, got)| *got == byte(n)));
         prop_assert_eq!(guest.ended, host_ended);
-        prop_assert!(guest.room() >= BUFFER / 2, "credit was lost: {}", guest.room());
+        prop_assert!(guest.room() >= window / 2, "credit was lost: {}", guest.room());
     }
 
     #[test]
     fn a_guest_that_vanishes_loses_nothing_it_had_sent(length in 1_u32..60_000, room in 0_usize..60_000, polite: bool) {
         let end = End::default();
-        let mut connection = Connection::accept(end.clone(), Credit { buf_alloc: 0, fwd_cnt: 0 });
+        let mut connection = Connection::accept(end.clone(), Credit { buf_alloc: 0, fwd_cnt: 0 }, BUFFER);
         end.0.borrow_mut().room = room;
         let mut data: Vec<u8> = (0..length as usize).map(byte).collect();
         connection.on_data(&[VolatileSlice::from(data.as_mut_slice())]);
@@ -238,7 +238,7 @@ proptest! {
 
     #[test]
     fn a_guest_without_credit_is_cut_off(over in 1_u32..1000) {
-        let mut connection = Connection::accept(End::default(), Credit { buf_alloc: 0, fwd_cnt: 0 });
+        let mut connection = Connection::accept(End::default(), Credit { buf_alloc: 0, fwd_cnt: 0 }, BUFFER);
         let mut data = vec![0; 64 * 1024];
         for _ in 0..BUFFER / (64 * 1024) {
             connection.on_data(&[VolatileSlice::from(data.as_mut_slice())]);

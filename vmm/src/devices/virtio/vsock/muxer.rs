@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use vm_memory::VolatileSlice;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use super::connection::{Connection, Credit, Fate, Outgoing, op};
+use super::connection::{BUFFER, Connection, Credit, Fate, Outgoing, op};
 use super::metrics::Metrics;
 use super::packet::Header;
 use super::stream::close_cleanly;
@@ -24,8 +24,13 @@ use crate::timeline::now_ns;
 /// The host's context id.
 const HOST_CID: u64 = 2;
 const TYPE_STREAM: u16 = 1;
-/// Most streams, handshakes included.
+/// Most streams, handshakes included; fewer where the process may not have so many descriptors.
 const MAX_STREAMS: usize = 1024;
+/// Of the descriptors that the process may have, streams get one in so many: the guest must not be able to leave none for those
+/// who come to the control socket.
+const SHARE_OF_DESCRIPTORS: u64 = 2;
+/// Credit of a stream by how many there are already, so that a guest whose streams nobody reads costs 28 MiB and not 256.
+const WINDOWS: [(usize, u32); 3] = [(32, BUFFER), (128, BUFFER / 4), (MAX_STREAMS, BUFFER / 16)];
 /// Most refusals that wait for a receive buffer. A guest that makes more gets no answer to some.
 const MAX_REFUSALS: usize = 256;
 /// First port number given to host ends.
@@ -70,6 +75,7 @@ pub struct Muxer {
     refusals: VecDeque<Ports>,
     next_entry: u64,
     next_port: u32,
+    max_streams: usize,
     metrics: Arc<Metrics>,
 }
 
@@ -90,8 +96,15 @@ impl Muxer {
             refusals: VecDeque::new(),
             next_entry: LISTENER + 1,
             next_port: FIRST_HOST_PORT,
+            max_streams: MAX_STREAMS.min((descriptors() / SHARE_OF_DESCRIPTORS) as usize),
             metrics,
         })
+    }
+
+    /// Credit for one more stream.
+    fn window(&self) -> u32 {
+        let streams = self.entries.len();
+        WINDOWS.iter().find(|(until, _)| streams < *until).map_or(BUFFER / 16, |(_, window)| *window)
     }
 
     /// Readable when something happened on the host's side.
@@ -215,7 +228,7 @@ impl Muxer {
 
     fn accept(&mut self, active: bool) {
         while let Ok(stream) = self.listener.accept() {
-            if !active || self.entries.len() >= MAX_STREAMS || stream.set_nonblocking(true).is_err() {
+            if !active || self.entries.len() >= self.max_streams || stream.set_nonblocking(true).is_err() {
                 Metrics::add(&self.metrics.refused, 1);
                 continue;
             }
@@ -264,7 +277,7 @@ impl Muxer {
         let host = self.free_port(guest);
         let Some(Entry::Greeting(stream)) = self.entries.remove(&id) else { return };
         let ports = Ports { host, guest };
-        let connection = Connection::request(stream);
+        let connection = Connection::request(stream, self.window());
         self.entries.insert(id, Entry::Stream { ports, connection, queued: false });
         self.by_ports.insert(ports, id);
         Metrics::add(&self.metrics.connections, 1);
@@ -286,11 +299,13 @@ impl Muxer {
     fn connect(&mut self, ports: Ports, credit: Credit) {
         let mut path = self.listener.path().as_os_str().to_owned();
         path.push(format!("_{}", ports.host));
-        let stream = if self.entries.len() < MAX_STREAMS { connect_now(Path::new(&path)).ok() } else { None };
+        let room = self.entries.len() < self.max_streams;
+        let stream = if room { connect_now(Path::new(&path)).ok() } else { None };
+        let window = self.window();
         let entry = stream.and_then(|stream| {
             self.insert(&stream.as_raw_fd(), |_| Entry::Stream {
                 ports,
-                connection: Connection::accept(stream, credit),
+                connection: Connection::accept(stream, credit, window),
                 queued: false,
             })
         });
@@ -361,6 +376,16 @@ impl Muxer {
             unsafe { libc::poll(waiting.as_mut_ptr(), waiting.len() as libc::nfds_t, timeout) };
         }
         self.reset();
+    }
+}
+
+/// How many descriptors the process may have.
+fn descriptors() -> u64 {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: one rlimit that lives across the call.
+    match unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) } {
+        0 => limit.rlim_cur,
+        _ => 1024,
     }
 }
 
@@ -440,6 +465,15 @@ fn parse_greeting(seen: &[u8]) -> Greeting {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn streams_that_nobody_reads_cost_little() {
+        let of_stream =
+            |number| WINDOWS.iter().find(|(until, _)| number < *until).map_or(0, |(_, window)| *window);
+        let all: u32 = (0..MAX_STREAMS).map(of_stream).sum();
+        assert!(all <= 28 << 20, "{all} bytes");
+        assert!((0..MAX_STREAMS).all(|number| of_stream(number) >= 16 << 10));
+    }
 
     #[test]
     fn greetings_are_understood() {
