@@ -14,6 +14,8 @@ pub mod drives;
 mod error;
 pub mod exec;
 pub mod guest;
+pub mod isolation;
+pub mod jail;
 pub mod launch;
 pub mod logs;
 pub mod monitor;
