@@ -41,7 +41,7 @@ pub enum Command {
     /// Show what containers use.
     Stats(StatsArgs),
     /// Show all about containers, as JSON.
-    Inspect(ManyArgs),
+    Inspect(InspectArgs),
     /// Show what a container wrote.
     Logs(LogsArgs),
     /// End containers: their stop signal, then SIGKILL.
@@ -276,6 +276,19 @@ pub struct OneArgs {
     pub format: Format,
     /// Name, id, or the beginning of an id.
     pub container: String,
+}
+
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    /// Names, ids, or beginnings of ids; with --isolation also pid:PID, a monitor or the process that started one.
+    #[arg(required = true)]
+    pub containers: Vec<String>,
+    /// Show what of the jail is in force for living containers, as the kernel tells it.
+    #[arg(long)]
+    pub isolation: bool,
+    /// With --isolation: table (the default) or json. Without: JSON is all there is; accepted for scripts.
+    #[arg(long, value_enum)]
+    pub format: Option<Format>,
 }
 
 #[derive(Debug, Args)]

@@ -155,7 +155,7 @@ pub(crate) fn share(
     if options.binds.is_empty() {
         return Ok((None, Vec::new()));
     }
-    let mut shares = Shares::new(&files.run, &settings.programs.virtiofsd)?;
+    let mut shares = Shares::new(&files.run, settings)?;
     let paths = options
         .binds
         .iter()

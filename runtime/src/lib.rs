@@ -16,6 +16,8 @@ pub mod exec;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod guest;
+pub mod isolation;
+pub mod jail;
 pub mod launch;
 pub mod logs;
 pub mod monitor;

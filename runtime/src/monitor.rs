@@ -1,25 +1,24 @@
 //! The monitor's process: its configuration, its start, and what it has to say when it does not go well.
 
 use std::fs::{self, File};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::FileType;
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use vmm::config::{
-    BootConfig, Config, ConsoleConfig, EmptyNetwork, MachineConfig, NetworkConfig, VsockConfig,
+    BootConfig, Config, ConsoleConfig, EmptyNetwork, JailConfig, MachineConfig, NetworkConfig, VsockConfig,
 };
 pub use vmm::config::{DiskConfig, MAX_LAYERS};
 use vmm::control::Method;
 use vmm::snapshot::working_set::WORKING_SET;
 
-use crate::network::{self, Network};
+use crate::jail::{Cell, Process, Spawn};
+use crate::network::Network;
 use crate::settings;
 use crate::shares::Server;
 use crate::state::Files;
@@ -136,6 +135,7 @@ pub(crate) fn outline(artefacts: &Artefacts, files: &Files, shape: &Shape) -> Co
         control: Some(files.control()),
         ready: None,
         report: Some(files.report()),
+        jail: JailConfig::default(),
     }
 }
 
@@ -159,9 +159,9 @@ impl Origin {
 
 /// A monitor under way.
 pub struct Monitor {
-    child: Child,
-    /// Readable when it has ended.
-    pub pidfd: OwnedFd,
+    child: Process,
+    /// What it has been given of its jail. Its user is another's only when it has ended.
+    _cell: Cell,
     files: Files,
     /// What it goes on from.
     origin: Option<Origin>,
@@ -194,13 +194,10 @@ impl Monitor {
             config.restore = Some(origin.directory().to_owned());
             config.ready = Some(files.ready());
         }
-        let inherited = links.fds.iter().chain(&links.kvm).map(AsRawFd::as_raw_fd).collect();
-        let mut monitor = Self::spawn(artefacts, files, &config, |command| {
-            if let Some(server) = &shares {
-                server.hand_over(command);
-            }
-            network::inherit(command, inherited);
-        })?;
+        let connection = shares.iter().filter_map(|server| server.connection());
+        let inherited =
+            links.fds.iter().chain(&links.kvm).map(AsRawFd::as_raw_fd).chain(connection).collect();
+        let mut monitor = Self::spawn(artefacts, files, config, inherited)?;
         if let Some(server) = shares {
             server.handed_over();
         }
@@ -208,37 +205,44 @@ impl Monitor {
         Ok(monitor)
     }
 
-    /// Starts a monitor with this configuration. `prepare` sees to what it inherits.
+    /// Starts a monitor with this configuration, in its jail. It inherits these descriptors.
     pub(crate) fn spawn(
         artefacts: &Artefacts,
         files: &Files,
-        config: &Config,
-        prepare: impl FnOnce(&mut Command),
+        mut config: Config,
+        mut inherited: Vec<RawFd>,
     ) -> Result<Self> {
+        let settings = &artefacts.settings;
+        let cell = Cell::new(&settings.isolation, &settings.paths.run, files)?;
+        config.jail = cell.config();
+        inherited.push(cell.fd());
         let path = files.monitor_config();
-        let text = serde_json::to_vec_pretty(config)
+        let text = serde_json::to_vec_pretty(&config)
             .context(|| "cannot encode the monitor's configuration".into())?;
         fs::write(&path, text).context(|| format!("cannot write {}", path.display()))?;
         let ready = UnixListener::bind(files.ready())
             .context(|| format!("cannot listen on {}", files.ready().display()))?;
+        cell.open(files, &[&files.ready(), &files.names()])?;
         let program = &artefacts.monitor;
         let what = || format!("cannot start the monitor {}", program.display());
         let log = File::create(files.monitor_log()).context(what)?;
-        let mut command = Command::new(program);
-        command
-            .arg("--config")
-            .arg(&path)
-            .arg("--die-with-parent")
-            .current_dir("/")
-            .stdin(null::stdio().context(what)?)
-            .stdout(log.try_clone().context(what)?)
-            .stderr(log);
-        prepare(&mut command);
-        let child = command.spawn().context(what)?;
-        let pid = Pid::from_child(&child);
-        let pidfd = pidfd_open(pid, PidfdFlags::empty()).context(what)?;
-        let patience = Duration::from_secs(artefacts.settings.machine.boot_timeout.into());
-        Ok(Self { child, pidfd, files: files.clone(), origin: None, ready, patience, discarded: false })
+        let null = null::file().context(what)?;
+        let spawn = Spawn {
+            program,
+            arguments: vec!["--config".into(), path.into(), "--die-with-parent".into()],
+            streams: [null.as_fd(), log.as_fd(), log.as_fd()],
+            inherited,
+            namespaces: cell.namespaces(),
+            prepare: None,
+        };
+        let child = spawn.start().context(what)?;
+        let patience = Duration::from_secs(settings.machine.boot_timeout.into());
+        Ok(Self { child, _cell: cell, files: files.clone(), origin: None, ready, patience, discarded: false })
+    }
+
+    /// Readable when it has ended.
+    pub fn ended(&self) -> BorrowedFd<'_> {
+        self.child.as_fd()
     }
 
     /// Lets machines that start from the same template later have at once what this one has written to until now, if it is the
@@ -250,7 +254,7 @@ impl Monitor {
         }
         // They start without it, too.
         let _ = vmm::control::Client::connect(&self.files.control())
-            .and_then(|mut client| client.call(Method::WorkingSet));
+            .and_then(|mut client| client.record_working_set(&template.directory));
         trace::mark("template taught");
     }
 
@@ -260,11 +264,7 @@ impl Monitor {
     }
 
     /// Waits for the agent's call. `given_up` is asked whenever `interrupt` is readable.
-    pub fn wait_ready(
-        &mut self,
-        interrupt: &impl std::os::fd::AsFd,
-        mut given_up: impl FnMut() -> bool,
-    ) -> Result<()> {
+    pub fn wait_ready(&mut self, interrupt: &impl AsFd, mut given_up: impl FnMut() -> bool) -> Result<()> {
         let deadline = Instant::now() + self.patience;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -277,7 +277,7 @@ impl Monitor {
             };
             let mut fds = [
                 PollFd::new(&self.ready, PollFlags::IN),
-                PollFd::new(&self.pidfd, PollFlags::IN),
+                PollFd::new(&self.child, PollFlags::IN),
                 PollFd::new(interrupt, PollFlags::IN),
             ];
             match poll(&mut fds, Some(&timeout)) {
@@ -340,14 +340,14 @@ impl Monitor {
     /// Whether it has ended, or does so in a moment: a connection that it had breaks off just before.
     pub(crate) fn ends_soon(&self) -> bool {
         let moment = Timespec { tv_sec: 1, tv_nsec: 0 };
-        matches!(poll(&mut [PollFd::new(&self.pidfd, PollFlags::IN)], Some(&moment)), Ok(1..))
+        matches!(poll(&mut [PollFd::new(&self.child, PollFlags::IN)], Some(&moment)), Ok(1..))
     }
 
     /// Waits for the monitor to end by itself, or ends it when it does not.
     pub fn end(&mut self) {
         let patience = Timespec { tv_sec: END_PATIENCE.as_secs().try_into().unwrap_or(10), tv_nsec: 0 };
-        if !matches!(poll(&mut [PollFd::new(&self.pidfd, PollFlags::IN)], Some(&patience)), Ok(1..)) {
-            let _ = self.child.kill();
+        if !matches!(poll(&mut [PollFd::new(&self.child, PollFlags::IN)], Some(&patience)), Ok(1..)) {
+            self.child.kill();
         }
         let _ = self.child.wait();
     }
@@ -355,7 +355,7 @@ impl Monitor {
     /// Ends the monitor, and the guest with it, at once, and leaves the taking apart to the host's kernel: that
     /// takes tens of milliseconds of waiting for grace periods, in which nothing of the guest runs any more.
     pub fn discard(mut self) {
-        let _ = self.child.kill();
+        self.child.kill();
         self.discarded = true;
     }
 
@@ -369,7 +369,7 @@ impl Monitor {
 impl Drop for Monitor {
     fn drop(&mut self) {
         if !self.discarded {
-            let _ = self.child.kill();
+            self.child.kill();
             let _ = self.child.wait();
         }
     }

@@ -16,6 +16,7 @@ mod figures;
 mod flags;
 mod framework;
 mod isolation;
+mod jail;
 mod many;
 mod monitor;
 mod network;

@@ -114,6 +114,11 @@ pub enum Error {
     /// A disk cannot be put into a drive, or taken out.
     #[error("{0}")]
     Drive(String),
+    /// A part of the jail cannot be had, and is required.
+    #[error(
+        "the jail cannot be entered ({0}), and the configuration says that it must be; `bulkhead doctor` says what this host lacks"
+    )]
+    Jail(String),
     /// The operating system refused a request.
     #[error("cannot {what}")]
     Os {
@@ -175,8 +180,15 @@ impl Error {
             | Self::Listen { .. }
             | Self::Network { .. }
             | Self::GuestMemory { .. }
+            | Self::Jail(_)
             | Self::Unsaveable(_) => STATUS_OS,
         }
+    }
+
+    /// The error and its causes on one line.
+    pub fn chain(&self) -> String {
+        let causes = std::iter::successors(std::error::Error::source(self), |cause| cause.source());
+        causes.fold(self.to_string(), |text, cause| format!("{text}: {cause}"))
     }
 
     /// For `map_err`: KVM refused to do `what`.

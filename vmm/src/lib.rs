@@ -12,6 +12,7 @@
 //! | [`devices`] | legacy ports and virtio |
 //! | [`event_loop`] | the one thread in which devices do their work |
 //! | [`control`] | the control socket, server and client |
+//! | [`jail`] | what the monitor gives up before the guest runs |
 //! | [`snapshot`] | a machine as a directory, from which others go on |
 //! | [`selftest`] | whether this host's KVM can run Linux at all |
 //! | [`report`] | what is left behind for people and programs when the machine ends |
@@ -29,9 +30,11 @@ pub mod devices;
 pub mod error;
 pub mod event_loop;
 pub mod exit;
+pub mod jail;
 pub mod listen;
 pub mod machine;
 pub mod memory;
+pub mod random;
 pub mod report;
 pub mod selftest;
 pub mod signals;

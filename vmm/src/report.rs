@@ -1,8 +1,10 @@
 //! What is left behind when the machine ends: a JSON report for programs, a crash report for people.
 
 use std::fmt::Write as _;
+use std::fs::File;
+use std::io::{self, Write as _};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
-use std::{fs, io};
 
 use kvm_bindings::{KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES};
 use kvm_ioctls::VcpuFd;
@@ -38,14 +40,20 @@ pub struct Report {
 }
 
 impl Report {
-    /// Writes the report so that nobody ever sees half of it.
+    /// Opens the file for it, which is empty until the machine has ended: by then the monitor can open nothing any more.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn create(path: &Path) -> io::Result<File> {
+        File::options().write(true).create(true).truncate(true).mode(0o600).open(path)
+    }
+
+    /// Writes the report.
     ///
     /// # Errors
     /// When the file cannot be written.
-    pub fn write(&self, path: &Path) -> io::Result<()> {
-        let partial = path.with_extension("partial");
-        fs::write(&partial, serde_json::to_vec(self)?)?;
-        fs::rename(&partial, path)
+    pub fn write(&self, mut file: &File) -> io::Result<()> {
+        file.write_all(&serde_json::to_vec(self)?)
     }
 
     /// The words for people when the machine did not end as its guest wished; `None` when it did.

@@ -1,14 +1,19 @@
 //! The monitor's own signals: orderly ends, and not outliving whoever started it.
 
 use std::io;
+use std::os::fd::RawFd;
 use std::os::unix::process::parent_id;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::{Error, Result};
 use crate::exit::{ExitRequest, Outcome};
 
 /// What the signal handler ends. Set once, before the handler is installed.
 static EXIT: OnceLock<ExitRequest> = OnceLock::new();
+
+/// Whether it was asked to end with its parent.
+static DIES_WITH_PARENT: AtomicBool = AtomicBool::new(false);
 
 /// Signals that ask for an orderly end.
 const ENDING: [libc::c_int; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
@@ -48,15 +53,47 @@ extern "C" fn on_signal(signal: libc::c_int) {
 /// When the kernel refuses, or the parent has ended already.
 pub fn die_with_parent() -> io::Result<()> {
     let parent = parent_id();
-    // SAFETY: plain numbers.
-    if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
+    ask_to_die()?;
+    DIES_WITH_PARENT.store(true, Ordering::Relaxed);
     // It may have ended between start and request.
     if parent_id() == parent { Ok(()) } else { Err(io::Error::other("the parent process has ended")) }
 }
 
-/// Ends this process by `signal`, which must be one whose default is to end it.
+/// The same again, if it was asked for before: the kernel forgets it when a process becomes another user. `parent` is a descriptor
+/// of the parent, for a process in a pid namespace, in which nobody has a parent outside; it is closed.
+///
+/// # Errors
+/// As [`die_with_parent`].
+pub fn die_with_parent_again(parent: Option<RawFd>) -> io::Result<()> {
+    if !DIES_WITH_PARENT.load(Ordering::Relaxed) {
+        return Ok(());
+    }
+    ask_to_die()?;
+    let Some(fd) = parent else { return Ok(()) };
+    let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+    // SAFETY: one pollfd that lives across the call, which does not wait; and the descriptor, which was inherited for this, is
+    // nobody else's.
+    let ready = unsafe {
+        let ready = libc::poll(&raw mut poll, 1, 0);
+        libc::close(fd);
+        ready
+    };
+    match ready {
+        0 => Ok(()),
+        _ => Err(io::Error::other("the parent process has ended")),
+    }
+}
+
+fn ask_to_die() -> io::Result<()> {
+    // SAFETY: plain numbers.
+    match unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Ends this process by `signal`, which must be one whose default is to end it. Only the first process of a pid namespace
+/// comes back from this: the kernel lets no signal of its own end it.
 pub fn die_by(signal: u8) {
     // SAFETY: plain numbers; the default action replaces our handler.
     unsafe {

@@ -23,7 +23,7 @@ pub struct Event {
 }
 
 /// The list of what happened. Events of the monitor: `start` (given by the caller in [`START_ENV`]), `main`,
-/// `config-read`, `memory`, `kernel-loaded`, `devices`, `vcpus`, `first-run`, `exit`; of one that goes on from a snapshot
+/// `config-read`, `memory`, `kernel-loaded`, `devices`, `vcpus`, `jail` (it is entered), `first-run`, `exit`; of one that goes on from a snapshot
 /// `snapshot-read`, and `populated` when that has a working set.
 #[derive(Debug, Default)]
 pub struct Timeline {

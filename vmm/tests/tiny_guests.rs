@@ -40,6 +40,7 @@ fn the_exit_port_ends_with_its_status_and_marks_are_in_order() {
             "devices",
             "kernel-loaded",
             "vcpus",
+            "jail",
             "first-run",
             "guest-mark-1",
             "guest-mark-200",

@@ -1,12 +1,12 @@
 //! `bulkhead ps`, `top`, `stats` and `inspect`.
 
 use bulkhead_runtime::state::{self, Files, Record, Status};
-use bulkhead_runtime::{Layout, Result, names, stop};
+use bulkhead_runtime::{Layout, Result, isolation, names, stop};
 use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::lookup;
-use crate::args::{ManyArgs, OneArgs, PsArgs, StatsArgs};
+use crate::args::{InspectArgs, OneArgs, PsArgs, StatsArgs};
 use crate::failure::{Failure, Outcome, each};
 use crate::table::{self, Format};
 
@@ -171,7 +171,10 @@ pub fn stats(layout: &Layout, args: &StatsArgs) -> Outcome {
     Ok(0)
 }
 
-pub fn inspect(layout: &Layout, args: &ManyArgs) -> Outcome {
+pub fn inspect(layout: &Layout, args: &InspectArgs) -> Outcome {
+    if args.isolation {
+        return isolation(layout, args);
+    }
     let mut found = Vec::new();
     let status = each(&args.containers, |name| {
         let record = lookup(layout, name)?;
@@ -190,5 +193,34 @@ pub fn inspect(layout: &Layout, args: &ManyArgs) -> Outcome {
         Ok(())
     })?;
     table::print_json(&found)?;
+    Ok(status)
+}
+
+fn isolation(layout: &Layout, args: &InspectArgs) -> Outcome {
+    let mut found = Vec::new();
+    let status = each(&args.containers, |name| {
+        let pid = name.strip_prefix("pid:").and_then(|pid| pid.parse().ok());
+        found.push(match pid {
+            Some(pid) => isolation::of_process(pid)?,
+            None => {
+                let record = lookup(layout, name)?;
+                isolation::of_container(&record, &Files::new(layout, &record.id))?
+            }
+        });
+        Ok(())
+    })?;
+    match args.format.unwrap_or_default() {
+        Format::Json => table::print_json(&found)?,
+        Format::Table => {
+            for (number, one) in found.iter().enumerate() {
+                if number > 0 {
+                    table::print("\n")?;
+                }
+                let servers = one.file_servers.iter().map(|_| "FILE SERVER");
+                let headings: Vec<_> = ["", "MONITOR"].into_iter().chain(servers).collect();
+                table::print_table(&headings, &one.rows())?;
+            }
+        }
+    }
     Ok(status)
 }

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::net::Ipv4Addr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use bulkhead_protocol::agent::{ConfigureRequest, Rootfs, ShutdownRequest};
 use bulkhead_runtime::drives::{self, Drive};
@@ -50,7 +50,7 @@ impl Machine {
     /// From nothing to a guest whose agent has been told who it is.
     pub(super) fn make(plan: &Plan, guest: &Guest, signals: &Signals) -> Result<Made> {
         let Plan { files, bundle, container, artefacts, .. } = plan;
-        let mut shares = Shares::new(&files.run, &artefacts.settings.programs.virtiofsd)?;
+        let mut shares = Shares::new(&files.run, &artefacts.settings)?;
         let mut disks = bundle.disks();
         let devices = (0..disks.len()).map(drives::device).collect::<Result<Vec<_>>>()?;
         let (root, spec) = bundle.share(|path, access| shares.add(path, access), &[], &devices)?;
@@ -118,10 +118,10 @@ impl Machine {
     }
 
     /// Readable when the machine has ended.
-    pub(super) fn end(&self) -> &OwnedFd {
+    pub(super) fn end(&self) -> BorrowedFd<'_> {
         match self {
-            Self::Own { monitor, .. } => &monitor.pidfd,
-            Self::Joined { owner, .. } => owner,
+            Self::Own { monitor, .. } => monitor.ended(),
+            Self::Joined { owner, .. } => owner.as_fd(),
         }
     }
 

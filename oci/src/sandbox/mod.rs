@@ -252,7 +252,7 @@ impl Sandbox {
                     PollFd::new(&self.listener, PollFlags::IN),
                     PollFd::new(&self.signals, PollFlags::IN),
                     PollFd::new(&self.stand_in, PollFlags::IN),
-                    match monitor {
+                    match &monitor {
                         Some(monitor) => PollFd::new(monitor, PollFlags::IN),
                         None => PollFd::new(nothing, PollFlags::empty()),
                     },
@@ -328,9 +328,10 @@ impl Sandbox {
         loop {
             let Some(vm) = self.vm.as_mut() else { return Ok(End { code: 255, ..End::default() }) };
             let (ended, lost, sent) = {
+                let end = vm.machine.end();
                 let mut fds = [
                     PollFd::new(waiting.stream(), PollFlags::IN),
-                    PollFd::new(vm.machine.end(), PollFlags::IN),
+                    PollFd::new(&end, PollFlags::IN),
                     PollFd::new(&self.signals, PollFlags::IN),
                     PollFd::new(&self.listener, PollFlags::IN),
                     PollFd::new(&self.stand_in, PollFlags::IN),

@@ -1,6 +1,7 @@
 //! Is this host able to run sandboxes, and if not, what is to be done?
 
 pub mod engines;
+mod jail;
 
 use std::env;
 use std::fs::{self, OpenOptions};
@@ -84,6 +85,7 @@ pub fn examine(layout: &Layout, settings: &Settings, wrong: Option<&crate::Error
         templates(layout),
         formatter(),
         virtiofsd(settings),
+        jail::check(settings),
         cgroups(),
         tap(),
         vhost(),

@@ -30,7 +30,7 @@ use serde::{Deserialize, Serialize};
 use crate::{Context, Error, Result};
 
 pub use describe::{Address, Interface, Neighbour, Network, Route};
-pub(crate) use passt::{Passt, inherit};
+pub(crate) use passt::Passt;
 pub use resolver::{hosts, resolv_conf};
 pub use wish::{NetworkWish, Port};
 

@@ -114,7 +114,7 @@ fn network() -> Network {
 }
 
 /// Lets the program inherit these descriptors under their own numbers.
-pub(crate) fn inherit(command: &mut Command, fds: Vec<RawFd>) {
+fn inherit(command: &mut Command, fds: Vec<RawFd>) {
     if fds.is_empty() {
         return;
     }

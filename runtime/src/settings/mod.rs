@@ -32,6 +32,8 @@ const MAX_BYTES: u64 = 1 << 20;
 pub struct Settings {
     /// Microvms.
     pub machine: Machine,
+    /// Monitors and file servers.
+    pub isolation: Isolation,
     /// `bulkhead run` where its command line says nothing.
     pub run: Run,
     /// Programs, where they are not to be looked for.
@@ -73,6 +75,33 @@ pub struct Machine {
     /// Whether a root of EROFS layers becomes disks.
     #[serde(deserialize_with = "value::switch")]
     pub erofs_disks: bool,
+}
+
+/// `[isolation]`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Isolation {
+    /// Whether monitors are jailed.
+    pub jail: Jail,
+    /// First of the users that monitors become which root starts.
+    #[serde(deserialize_with = "value::first_uid")]
+    pub first_uid: u32,
+    /// How many there are: so many microVMs of root's can run.
+    #[serde(deserialize_with = "value::uids")]
+    pub uids: u32,
+}
+
+/// What becomes of a monitor before its guest runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Jail {
+    /// It is jailed as far as the host can do it.
+    #[default]
+    On,
+    /// It keeps all rights of its caller.
+    Off,
+    /// It is jailed, or does not run.
+    Required,
 }
 
 /// `[run]`
@@ -157,6 +186,12 @@ impl Default for Machine {
             spare_drives: 4,
             erofs_disks: true,
         }
+    }
+}
+
+impl Default for Isolation {
+    fn default() -> Self {
+        Self { jail: Jail::On, first_uid: 1_900_000_000, uids: 65_536 }
     }
 }
 

@@ -82,6 +82,16 @@ pub(super) fn seconds<'de, D: Deserializer<'de>>(from: D) -> Result<u32, D::Erro
     number(from, 1..=3600)
 }
 
+/// Above system users and all ranges that distributions hand out, and such that none of a range is 2^31 or more, which some
+/// programs take for negative.
+pub(super) fn first_uid<'de, D: Deserializer<'de>>(from: D) -> Result<u32, D::Error> {
+    number(from, 65_536..=2_000_000_000)
+}
+
+pub(super) fn uids<'de, D: Deserializer<'de>>(from: D) -> Result<u32, D::Error> {
+    number(from, 1..=1_000_000)
+}
+
 pub(super) fn parameters<'de, D: Deserializer<'de>>(from: D) -> Result<String, D::Error> {
     let words = String::deserialize(from)?;
     if words.len() > MAX_PARAMETERS || !words.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {

@@ -31,7 +31,8 @@ use vmm::config::FilesystemConfig;
 pub use more::{Living, More};
 pub use virtiofsd::{Lifetime, Server, find};
 
-use crate::{Context, Error, Result};
+use crate::settings::Jail;
+use crate::{Context, Error, Result, Settings, jail};
 
 /// Tag of the virtio-fs device; the agent is told to mount it.
 pub const TAG: &str = "host";
@@ -51,6 +52,7 @@ pub enum Access {
 #[derive(Debug)]
 pub struct Shares {
     program: PathBuf,
+    jailed: bool,
     directory: PathBuf,
     staging: OwnedFd,
     shared: Vec<Shared>,
@@ -65,12 +67,13 @@ struct Shared {
 
 impl Shares {
     /// Nothing yet. `sandbox` is a directory of the sandbox's own, on the host; `shares` in it becomes a mount point of
-    /// virtiofsd's. `program` is that, if the settings name it.
+    /// virtiofsd's. The settings may name the program, and say whether it has namespaces of its own.
     ///
     /// # Errors
     /// virtiofsd is not installed, or the caller is not root.
-    pub fn new(sandbox: &Path, program: &Path) -> Result<Self> {
-        let program = find(program)?;
+    pub fn new(sandbox: &Path, settings: &Settings) -> Result<Self> {
+        let program = find(&settings.programs.virtiofsd)?;
+        let jailed = jail::wish(&settings.isolation)? != Jail::Off;
         if !rustix::process::geteuid().is_root() {
             return Err(Error::Usage(
                 "sharing directories of the host needs root so far: run bulkhead as root".into(),
@@ -79,7 +82,7 @@ impl Shares {
         let directory = directory(sandbox);
         fs::create_dir_all(&directory).context(|| format!("cannot create {}", directory.display()))?;
         let staging = mount::staging(MAX_SHARES).context(|| "cannot make a staging file system".into())?;
-        Ok(Self { program, directory, staging, shared: Vec::new() })
+        Ok(Self { program, jailed, directory, staging, shared: Vec::new() })
     }
 
     /// Shares the directory or file at `path`, links followed, with everything mounted below it now. Answers the path by

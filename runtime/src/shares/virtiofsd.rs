@@ -22,26 +22,40 @@ use std::env;
 use std::ffi::CString;
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
 
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::CWD;
-use rustix::process::Signal;
+use rustix::process::{PidfdFlags, Resource, Rlimit, Signal, setrlimit};
 use rustix::thread::UnshareFlags;
 use vmm::config::FilesystemConfig;
 
 use super::{Shares, device, mount};
+use crate::jail::Spawn;
+use crate::jail::process::{Namespaces, Process};
 use crate::{Context, Error, Result, null, settings};
 
 /// Where distributions put it, besides PATH.
 const PLACES: [&str; 3] = ["/usr/libexec/virtiofsd", "/usr/lib/virtiofsd", "/usr/local/libexec/virtiofsd"];
 /// Names the program outright.
 const VARIABLE: &str = "BULKHEAD_VIRTIOFSD";
+
+/// What it is told besides where its socket and its directory are: see above.
+const OPTIONS: [&str; 6] = [
+    "--sandbox=chroot",
+    "--cache=auto",
+    "--xattr",
+    "--announce-submounts",
+    "--inode-file-handles=never",
+    "--log-level=warn",
+];
+/// Namespaces of its own, besides those of mounts and pids.
+const APART: [UnshareFlags; 4] =
+    [UnshareFlags::NEWNET, UnshareFlags::NEWIPC, UnshareFlags::NEWUTS, UnshareFlags::NEWCGROUP];
 
 /// What a virtiofsd ends with, besides its monitor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,7 +101,7 @@ fn is_program(path: &Path) -> bool {
 /// A virtiofsd under way. Dropping it ends it.
 #[derive(Debug)]
 pub struct Server {
-    child: Child,
+    child: Process,
     /// The end for the monitor.
     connection: Option<OwnedFd>,
     left_alone: bool,
@@ -95,7 +109,7 @@ pub struct Server {
 
 impl Server {
     pub(super) fn start(shares: &Shares, lifetime: Lifetime, log: &File) -> Result<Self> {
-        let program = &shares.program;
+        let (program, jailed) = (&shares.program, shares.jailed);
         let what = || format!("cannot start {}", program.display());
         let (listener, connection) = sockets(&shares.directory).context(what)?;
         let directory =
@@ -107,41 +121,50 @@ impl Server {
             .map(|shared| Ok((shared.tree.try_clone()?, shared.name.clone())))
             .collect::<io::Result<_>>()
             .context(what)?;
-        let parent = rustix::process::getpid();
-
-        let mut command = Command::new(program);
-        command
-            .arg(format!("--fd={}", listener.as_raw_fd()))
-            .arg(argument("--shared-dir=", &shares.directory))
-            .args(["--sandbox=chroot", "--cache=auto", "--xattr", "--announce-submounts"])
-            .args(["--inode-file-handles=never", "--log-level=warn"])
-            .current_dir("/")
-            .stdin(null::stdio().context(what)?)
-            .stdout(log.try_clone().context(what)?)
-            .stderr(log.try_clone().context(what)?);
-        let prepare = move || -> io::Result<()> {
+        let parent =
+            rustix::process::pidfd_open(rustix::process::getpid(), PidfdFlags::empty()).context(what)?;
+        let mut arguments = vec![
+            format!("--fd={}", listener.as_raw_fd()).into(),
+            argument("--shared-dir=", &shares.directory),
+        ];
+        arguments.extend(OPTIONS.map(Into::into));
+        let prepare = || -> io::Result<()> {
             if lifetime == Lifetime::Parent {
-                step("ask to end with its parent", die_with(parent))?;
+                step("ask to end with its parent", die_with(&parent))?;
             }
             // A terminal's Ctrl-C is for the container.
             step("start a session", rustix::process::setsid().map(drop).map_err(Into::into))?;
             // SAFETY: of a process with one thread, which shares no file table with another.
-            let unshared = unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) };
-            step("make a mount namespace", unshared.map_err(Into::into))?;
+            let unshare = |flags| unsafe { rustix::thread::unshare_unsafe(flags) };
+            step("make a mount namespace", unshare(UnshareFlags::NEWNS).map_err(Into::into))?;
+            if jailed {
+                // It has its sockets already, and reaches nothing else by them. Where one cannot be had, it does without:
+                // `bulkhead inspect --isolation` shows that.
+                for flag in APART {
+                    let _ = unshare(flag);
+                }
+                let none = Rlimit { current: Some(0), maximum: Some(0) };
+                step("write no core files", setrlimit(Resource::Core, none).map_err(Into::into))?;
+                let nothing_new = rustix::thread::set_no_new_privs(true);
+                step("give up the right to more rights", nothing_new.map_err(Into::into))?;
+            }
             step("make the mount namespace private", mount::seclude())?;
             step("mount the staging directory", mount::put(staging.as_fd(), CWD, &directory))?;
             for (tree, name) in &shared {
                 step("bind a shared directory", mount::put(tree.as_fd(), staging.as_fd(), name))?;
             }
-            step("make the staging directory read-only", mount::close(staging.as_fd()))?;
-            step("hand over the socket", inherit(listener.as_fd()))
+            step("make the staging directory read-only", mount::close(staging.as_fd()))
         };
-        // SAFETY: between fork and execve the closure makes system calls on what was prepared before; it takes no lock
-        // and allocates nothing.
-        unsafe { command.pre_exec(prepare) };
-        let child = command.spawn().context(|| format!("{}; its log may say more", what()))?;
-        // The closure, and the descriptors in it, go with the command.
-        drop(command);
+        let null = null::file().context(what)?;
+        let spawn = Spawn {
+            program,
+            arguments,
+            streams: [null.as_fd(), log.as_fd(), log.as_fd()],
+            inherited: vec![listener.as_raw_fd()],
+            namespaces: Namespaces { pid: jailed, user: false },
+            prepare: Some(&prepare),
+        };
+        let child = spawn.start().context(|| format!("{}; its log may say more", what()))?;
         Ok(Self { child, connection: Some(connection.into()), left_alone: false })
     }
 
@@ -151,13 +174,9 @@ impl Server {
         self.connection.as_ref().map(|connection| device(connection.as_raw_fd()))
     }
 
-    /// Makes `command`, the monitor's, inherit the connection.
-    pub fn hand_over(&self, command: &mut Command) {
-        let Some(connection) = &self.connection else { return };
-        let fd = connection.as_raw_fd();
-        // SAFETY: one system call between fork and execve, on a descriptor that is open for as long as `self`, which
-        // outlives the start of the monitor or else makes it fail with EBADF.
-        unsafe { command.pre_exec(move || inherit(BorrowedFd::borrow_raw(fd))) };
+    /// The connection, which the monitor inherits.
+    pub fn connection(&self) -> Option<RawFd> {
+        self.connection.as_ref().map(AsRawFd::as_raw_fd)
     }
 
     /// The monitor has been started: from now on its end is virtiofsd's.
@@ -180,7 +199,7 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         if !self.left_alone {
-            let _ = self.child.kill();
+            self.child.kill();
             let _ = self.child.wait();
         }
     }
@@ -213,14 +232,15 @@ fn step(what: &str, result: io::Result<()>) -> io::Result<()> {
     result
 }
 
-fn die_with(parent: rustix::process::Pid) -> io::Result<()> {
+/// In a pid namespace of one's own nobody's parent has a number: a descriptor of it says whether it is still there.
+fn die_with(parent: &OwnedFd) -> io::Result<()> {
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
     // It may have ended before that.
-    if rustix::process::getppid() == Some(parent) { Ok(()) } else { Err(io::ErrorKind::NotConnected.into()) }
-}
-
-fn inherit(fd: BorrowedFd<'_>) -> io::Result<()> {
-    Ok(rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty())?)
+    let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+    match poll(&mut [PollFd::new(parent, PollFlags::IN)], Some(&now))? {
+        0 => Ok(()),
+        _ => Err(io::ErrorKind::NotConnected.into()),
+    }
 }
 
 #[cfg(test)]

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::network::{self, NetworkWish};
 use crate::options::RunOptions;
-use crate::{Context, Error, Layout, Result, names};
+use crate::{Context, Error, Layout, Result, jail, names};
 pub use reservation::Reservation;
 use reservation::create_locked;
 
@@ -132,6 +132,7 @@ impl Files {
     /// # Errors
     /// Something cannot be removed.
     pub fn remove(&self) -> Result<()> {
+        self.forget_user();
         for dir in [&self.run, &self.dir] {
             match fs::remove_dir_all(dir) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -141,6 +142,13 @@ impl Files {
             }
         }
         Ok(())
+    }
+
+    /// Lets others have the user of a sandbox that was killed.
+    fn forget_user(&self) {
+        if let Some(run) = self.run.parent() {
+            jail::users::sweep(run);
+        }
     }
 
     /// The files of container `id`, whether they exist or not.
@@ -293,6 +301,7 @@ impl Record {
                 remove_files(layout, files, &record.name)?;
             } else {
                 record.save(files)?;
+                files.forget_user();
                 let _ = fs::remove_dir_all(&files.run);
             }
         }

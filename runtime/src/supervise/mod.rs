@@ -203,10 +203,11 @@ impl Supervisor {
             waiting.send("WaitProcess", &request).context(|| "cannot wait for the container".into())?;
         let mut detachable = self.attended;
         loop {
-            let nothing = &monitor.pidfd;
+            let ended = monitor.ended();
+            let nothing = &ended;
             let mut fds = [
                 PollFd::new(waiting.stream(), PollFlags::IN),
-                PollFd::new(&monitor.pidfd, PollFlags::IN),
+                PollFd::new(&ended, PollFlags::IN),
                 if self.attended {
                     PollFd::new(&self.plan.caller.0, PollFlags::IN)
                 } else {

@@ -90,7 +90,7 @@ fn boot(
     interrupt: &impl AsFd,
     given_up: impl FnMut() -> bool,
 ) -> Result<Monitor> {
-    let mut monitor = Monitor::spawn(artefacts, files, &config(artefacts, files, wanted), |_| ())?;
+    let mut monitor = Monitor::spawn(artefacts, files, config(artefacts, files, wanted), Vec::new())?;
     monitor.wait_ready(interrupt, given_up)?;
     Ok(monitor)
 }

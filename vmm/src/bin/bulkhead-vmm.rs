@@ -8,13 +8,14 @@ use std::sync::Arc;
 
 use clap::{CommandFactory, FromArgMatches, Parser, ValueEnum};
 use vmm::config::{
-    BootConfig, Config, ConsoleConfig, DEFAULT_CMDLINE, DiskConfig, Input, MachineConfig, NetworkConfig,
-    Output, SerialConfig, VsockConfig,
+    BootConfig, Config, ConsoleConfig, DEFAULT_CMDLINE, DiskConfig, Input, JailConfig, MachineConfig,
+    NetworkConfig, Output, SerialConfig, VsockConfig,
 };
-use vmm::control::{Client, Method, SnapshotRequest};
+use vmm::control::{Client, ClientError, Method, SnapshotRequest};
 use vmm::error::{STATUS_KVM_UNUSABLE, STATUS_OS, STATUS_USAGE};
 use vmm::exit::Outcome;
 use vmm::machine::Machine;
+use vmm::report::Report;
 use vmm::signals;
 use vmm::timeline::Timeline;
 
@@ -98,6 +99,18 @@ struct Arguments {
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
 
+    /// Before the guest runs, enter the jail: namespaces and an empty root of its own, no capabilities, limits, landlock
+    #[arg(long)]
+    jail: bool,
+
+    /// Give up nothing, whatever the configuration file says
+    #[arg(long, conflicts_with = "jail")]
+    no_jail: bool,
+
+    /// Let all system calls pass, to look for an error: by default each thread may only make those that it needs
+    #[arg(long)]
+    no_seccomp: bool,
+
     /// End when the process that started this one ends
     #[arg(long)]
     die_with_parent: bool,
@@ -127,7 +140,7 @@ struct Arguments {
     #[arg(value_enum, value_name = "METHOD", requires = "ctl")]
     method: Option<CtlMethod>,
 
-    /// With --ctl SOCKET snapshot: the directory to make
+    /// With --ctl SOCKET snapshot: the directory to make; with working-set: the snapshot's
     #[arg(value_name = "DIR", requires = "method")]
     directory: Option<PathBuf>,
 }
@@ -163,12 +176,14 @@ fn method_of(method: CtlMethod, directory: Option<&Path>) -> vmm::Result<Method>
             }
             Err(error) => usage(&format!("the directory {directory:?}: {error}")),
         },
-        (_, Some(_)) => usage("only snapshot takes a directory"),
+        (_, Some(_)) => usage("only snapshot and working-set take a directory"),
         (CtlMethod::Status, None) => Ok(Method::Status),
         (CtlMethod::Metrics, None) => Ok(Method::Metrics),
         (CtlMethod::Pause, None) => Ok(Method::Pause),
         (CtlMethod::Resume, None) => Ok(Method::Resume),
-        (CtlMethod::WorkingSet, None) => Ok(Method::WorkingSet),
+        (CtlMethod::WorkingSet, _) => {
+            usage("--ctl SOCKET working-set DIR: the snapshot's directory is missing")
+        }
         (CtlMethod::Quit, None) => Ok(Method::Quit),
     }
 }
@@ -217,8 +232,13 @@ fn parse() -> Arguments {
 
 fn with_arguments(arguments: &Arguments, timeline: &Arc<Timeline>) -> u8 {
     if let (Some(socket), Some(method)) = (&arguments.ctl, arguments.method) {
+        if let (CtlMethod::WorkingSet, Some(directory)) = (method, &arguments.directory) {
+            return ctl(socket, |client| {
+                client.record_working_set(directory).map(|bytes| serde_json::json!({ "bytes": bytes }))
+            });
+        }
         return match method_of(method, arguments.directory.as_deref()) {
-            Ok(method) => ctl(socket, method),
+            Ok(method) => ctl(socket, |client| client.call(method)),
             Err(error) => fail(&error, STATUS_USAGE),
         };
     }
@@ -262,6 +282,11 @@ fn config_of(arguments: &Arguments) -> vmm::Result<Config> {
     set(&mut config.machine.vcpus, arguments.vcpus.as_ref());
     set_some(&mut config.control, arguments.control.as_ref());
     set_some(&mut config.report, arguments.report.as_ref());
+    config.jail.confine |= arguments.jail;
+    config.jail.seccomp &= !arguments.no_seccomp;
+    if arguments.no_jail {
+        config.jail = JailConfig { seccomp: false, ..JailConfig::default() };
+    }
     if let Some(socket) = &arguments.vsock {
         config.vsock = Some(VsockConfig { cid: 3, socket: socket.clone() });
     }
@@ -307,6 +332,7 @@ fn from_kernel(kernel: PathBuf) -> Config {
         control: None,
         ready: None,
         report: None,
+        jail: JailConfig::default(),
     }
 }
 
@@ -335,12 +361,18 @@ fn check(config: &Config) -> u8 {
 fn run(config: vmm::Result<Config>, timeline: &Arc<Timeline>) -> u8 {
     let result = config.and_then(|config| {
         timeline.mark("config-read");
-        let report = config.report.clone();
+        let report = config.report.clone().map(|path| {
+            let file = Report::create(&path);
+            let file =
+                file.map_err(|source| vmm::Error::Input { what: "report", path: path.clone(), source })?;
+            Ok::<_, vmm::Error>((path, file))
+        });
+        let report = report.transpose()?;
         let machine = Machine::build(config, Arc::clone(timeline))?;
         signals::end_on_signals(&machine.exit_request())?;
         machine.run().map(|(outcome, result)| (outcome, result, report))
     });
-    let (outcome, report, path) = match result {
+    let (outcome, report, file) = match result {
         Ok(ended) => ended,
         Err(error) => return fail(&error, error.exit_status()),
     };
@@ -348,8 +380,8 @@ fn run(config: vmm::Result<Config>, timeline: &Arc<Timeline>) -> u8 {
         eprint!("bulkhead-vmm: {complaint}");
     }
     let mut status = outcome.exit_status();
-    if let Some(path) = path
-        && let Err(error) = report.write(&path)
+    if let Some((path, file)) = file
+        && let Err(error) = report.write(&file)
     {
         eprintln!("bulkhead-vmm: cannot write the report {path:?}: {error}");
         status = if status == 0 { STATUS_OS } else { status };
@@ -367,8 +399,8 @@ fn self_test() -> u8 {
     if verdict.is_usable() { 0 } else { STATUS_KVM_UNUSABLE }
 }
 
-fn ctl(socket: &Path, method: Method) -> u8 {
-    match Client::connect(socket).and_then(|mut client| client.call(method)) {
+fn ctl(socket: &Path, ask: impl FnOnce(&mut Client) -> Result<serde_json::Value, ClientError>) -> u8 {
+    match Client::connect(socket).and_then(|mut client| ask(&mut client)) {
         Ok(answer) => print_json(&answer),
         Err(error) => fail(&error, 1),
     }

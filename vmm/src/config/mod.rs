@@ -1,6 +1,7 @@
 //! The configuration of one microVM, as written in the JSON file given to `bulkhead-vmm --config`.
 
 mod devices;
+mod jail;
 
 use std::fs;
 use std::os::fd::RawFd;
@@ -9,6 +10,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 pub use devices::{DiskConfig, EmptyNetwork, FilesystemConfig, NetworkConfig};
+pub use jail::{JailConfig, User};
 
 use crate::arch::layout;
 use crate::error::{Error, Result};
@@ -77,9 +79,12 @@ pub struct Config {
     /// absent: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ready: Option<PathBuf>,
-    /// Path of the JSON report written when the machine ends; absent: none.
+    /// Path of the JSON report written when the machine ends; absent: none. Until then it is empty.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub report: Option<PathBuf>,
+    /// What the monitor gives up before the guest runs.
+    #[serde(default)]
+    pub jail: JailConfig,
 }
 
 /// Processors and memory.
@@ -254,6 +259,7 @@ impl Config {
             })?;
         // What was handed down to that monitor was not to this one.
         config.machine.kvm_fd = None;
+        config.jail = JailConfig::default();
         (config.boot, config.restore, config.ready) = (None, Some(directory.to_owned()), None);
         Ok(config)
     }
@@ -268,6 +274,7 @@ impl Config {
         if kvm_fd.is_some_and(|fd| fd < 3) {
             return Err(Error::Config("machine: \"kvm_fd\" must be 3 or above".to_owned()));
         }
+        self.jail.check().map_err(Error::Config)?;
         if !(1..=MAX_VCPUS).contains(&vcpus) {
             return complain(format!("machine.vcpus is {vcpus}, but must be 1 to {MAX_VCPUS}"));
         }
@@ -381,6 +388,12 @@ mod tests {
     fn impossible_wishes_are_refused() {
         for (text, word) in [
             (r#"{"boot":{"kernel":"k"},"machine":{"vcpus":0}}"#, "vcpus"),
+            (r#"{"boot":{"kernel":"k"},"jail":{"user":{"uid":1,"gid":1}}}"#, "confine"),
+            (
+                r#"{"boot":{"kernel":"k"},"jail":{"confine":true,"user":{"uid":4294967295,"gid":1}}}"#,
+                "no user",
+            ),
+            (r#"{"boot":{"kernel":"k"},"jail":{"parent_fd":1}}"#, "parent_fd"),
             (r#"{"boot":{"kernel":"k"},"machine":{"vcpus":33}}"#, "vcpus"),
             (r#"{"boot":{"kernel":"k"},"machine":{"memory_mib":0}}"#, "memory_mib"),
             (r#"{"boot":{"kernel":"k"},"disks":[{"id":"a"}]}"#, "path"),

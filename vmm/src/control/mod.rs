@@ -7,18 +7,22 @@
 //! {"id":2,"error":"unknown method \"fly\"; …"}
 //! ```
 //!
+//! Of files that the monitor is to use, the client sends descriptors with the request (SCM_RIGHTS), as the monitor may have no way to
+//! open anything; `files` names them in their order. [`Client`] does all that.
+//!
 //! | method | result |
 //! |---|---|
 //! | `status` | [`Status`] |
 //! | `metrics` | what each device counted, and the timeline |
 //! | `pause`, `resume` | `{}`: all vCPUs stand still, or run |
-//! | `{"snapshot":{"directory":DIR,…}}` | [`Taken`]: the machine was saved, as [`SnapshotRequest`] says; before that, an answer with [`Progress`] when the guest goes on. A client that goes away gives it up |
-//! | `{"insert-disk":{"path":FILE}}` | [`Inserted`]: a removable drive that was empty has the disk FILE now; `"read_only":true`, and `"layers":[…]` instead of a path, as in the configuration |
+//! | `{"snapshot":{"directory":DIR,…}}`, with files that are empty: `memory`, `state`, and `disk-ID` for each disk | [`Taken`]: the machine was saved in them, as [`SnapshotRequest`] says; before that, an answer with [`Progress`] when the guest goes on. A client that goes away gives it up |
+//! | `{"insert-disk":{"path":FILE}}`, with that file | [`Inserted`]: a removable drive that was empty has the disk FILE now; `"read_only":true`, and `"layers":[…]` instead of a path, as in the configuration |
 //! | `{"eject-disk":{"drive":ID}}` | `{}`: the drive is empty again, requests that wait have failed; with `"retire":true` it stays so for good |
-//! | `working-set` | bytes of memory the machine has written to since it went on from its snapshot, which are noted there |
+//! | `working-set`, with a file that is empty | bytes of memory the machine has written to since it went on from its snapshot, which are noted in it |
 //! | `quit` | `{}`; then the monitor ends |
 
 mod client;
+mod files;
 pub mod server;
 
 use std::path::PathBuf;
@@ -26,10 +30,12 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::config::MachineConfig;
+use crate::jail::Confinement;
 use crate::vcpu::Sample;
 
 pub use crate::machine::{Inserted, SavedDisk, SnapshotRequest, Taken};
 pub use client::{Client, ClientError};
+pub use files::Files;
 
 /// Longest request or answer line.
 pub const MAX_LINE: usize = 1 << 20;
@@ -42,6 +48,9 @@ pub struct Request {
     pub id: u64,
     /// What is asked.
     pub method: Method,
+    /// What the descriptors are that come with it, in their order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub files: Vec<String>,
 }
 
 /// What can be asked.
@@ -56,7 +65,8 @@ pub enum Method {
     Pause,
     /// Run again.
     Resume,
-    /// Note beside the snapshot from which the machine went on which memory it has written to.
+    /// Note in a file beside the snapshot from which the machine went on which memory it has written to: see
+    /// [`Client::record_working_set`].
     #[serde(rename = "working-set")]
     WorkingSet,
     /// Save the machine.
@@ -129,7 +139,7 @@ pub struct Progress {
 pub struct Status {
     /// `running` or `paused`.
     pub state: String,
-    /// The monitor's process id.
+    /// The monitor's process id, in its own namespace: 1 in a jail.
     pub pid: u32,
     /// Since the first instruction of the guest, in nanoseconds.
     pub uptime_ns: u64,
@@ -144,4 +154,7 @@ pub struct Status {
     /// How many drives wait for a disk.
     #[serde(default)]
     pub empty_drives: usize,
+    /// What the monitor knows of its jail.
+    #[serde(default)]
+    pub jail: Confinement,
 }

@@ -1,18 +1,20 @@
 //! Answers on the control socket, in the event loop.
 
 use std::collections::BTreeMap;
-use std::io::{ErrorKind, Read, Write};
-use std::os::fd::{AsRawFd, RawFd};
+use std::io::{ErrorKind, Write};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use serde_json::{Value, json};
 
+use super::files::{self, Files, MAX_FILES};
 use super::{Answer, Method, Progress, Request, Status};
 use crate::error::{Error, Result};
 use crate::event_loop::watch;
 use crate::exit::Outcome;
+use crate::jail;
 use crate::listen::Listener;
 use crate::machine::{Running, Saving, SnapshotRequest};
 use crate::timeline::now_ns;
@@ -68,6 +70,8 @@ struct Client {
     stream: UnixStream,
     /// A request that is not complete yet.
     partial: Vec<u8>,
+    /// Descriptors that came with it.
+    files: Vec<OwnedFd>,
 }
 
 impl MutEventSubscriber for Service {
@@ -103,7 +107,8 @@ impl Service {
         while let Ok(stream) = self.server.listener.accept() {
             if self.clients.len() < MAX_CLIENTS && stream.set_nonblocking(true).is_ok() {
                 watch(ops, Events::new(&stream, EventSet::IN));
-                self.clients.insert(stream.as_raw_fd(), Client { stream, partial: Vec::new() });
+                self.clients
+                    .insert(stream.as_raw_fd(), Client { stream, partial: Vec::new(), files: Vec::new() });
             }
         }
     }
@@ -111,25 +116,29 @@ impl Service {
     /// Answers what a client asks. False when it is gone, or does not behave.
     fn talk(&mut self, client: &mut Client, ops: &mut EventOps) -> bool {
         let mut chunk = [0; PIECE];
-        match client.stream.read(&mut chunk) {
+        match files::receive(&client.stream, &mut chunk, &mut client.files) {
             Ok(0) => return false,
             Ok(length) => client.partial.extend(chunk.get(..length).unwrap_or_default()),
             Err(error) => return matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted),
         }
         while let Some(end) = client.partial.iter().position(|byte| *byte == b'\n') {
             let line: Vec<u8> = client.partial.drain(..=end).collect();
-            let answer = self.answer(&line, client.stream.as_raw_fd(), ops);
+            let files = std::mem::take(&mut client.files);
+            let answer = self.answer(&line, files, client.stream.as_raw_fd(), ops);
             if !client.send(&answer) {
                 return false;
             }
         }
-        client.partial.len() < MAX_REQUEST
+        client.partial.len() < MAX_REQUEST && client.files.len() <= MAX_FILES
     }
 
-    fn answer(&mut self, line: &[u8], client: RawFd, ops: &mut EventOps) -> Answer {
+    fn answer(&mut self, line: &[u8], files: Vec<OwnedFd>, client: RawFd, ops: &mut EventOps) -> Answer {
         match serde_json::from_slice::<Request>(line) {
-            Ok(Request { id, method: Method::Snapshot(wish) }) => self.begin_job(id, client, &wish, ops),
-            Ok(request) => Answer::of(request.id, self.perform(request.method)),
+            Ok(Request { id, method, files: names }) => match (Files::new(names, files), method) {
+                (Ok(files), Method::Snapshot(wish)) => self.begin_job(id, client, &wish, files, ops),
+                (Ok(files), method) => Answer::of(id, self.perform(method, files)),
+                (Err(error), _) => Answer::of(id, Err(error)),
+            },
             Err(error) => {
                 let id = serde_json::from_slice::<Value>(line)
                     .ok()
@@ -141,13 +150,20 @@ impl Service {
     }
 
     /// Begins a snapshot; its end is told when it is there, unless it is at once.
-    fn begin_job(&mut self, id: u64, client: RawFd, wish: &SnapshotRequest, ops: &mut EventOps) -> Answer {
+    fn begin_job(
+        &mut self,
+        id: u64,
+        client: RawFd,
+        wish: &SnapshotRequest,
+        files: Files,
+        ops: &mut EventOps,
+    ) -> Answer {
         if self.job.is_some() {
             return Answer::of(id, Err("a snapshot is being written already: wait for its end".to_owned()));
         }
-        let saving = match self.machine.save(wish) {
+        let saving = match self.machine.save(wish, files) {
             Ok(saving) => saving,
-            Err(error) => return Answer::of(id, Err(chain(&error))),
+            Err(error) => return Answer::of(id, Err(error.chain())),
         };
         let (fds, pause_ns) = (saving.fds(), saving.pause_ns());
         if fds.is_empty() {
@@ -167,7 +183,7 @@ impl Service {
         let result = match job.saving.collect(fd) {
             Ok(false) => return,
             Ok(true) => Ok(()),
-            Err(error) => Err(chain(&error)),
+            Err(error) => Err(error.chain()),
         };
         let Some(Job { saving, client, id }) = self.end_job(ops) else { return };
         let answer = Answer::of(id, result.and_then(|()| finish(saving)));
@@ -188,7 +204,7 @@ impl Service {
         Some(job)
     }
 
-    fn perform(&mut self, method: Method) -> std::result::Result<Value, String> {
+    fn perform(&mut self, method: Method, mut files: Files) -> std::result::Result<Value, String> {
         let Running { devices, vcpus, exit, timeline, .. } = &self.machine;
         match method {
             Method::Status => serde_json::to_value(self.status()).map_err(|error| error.to_string()),
@@ -201,15 +217,15 @@ impl Service {
             }
             // See `begin_job`.
             Method::Snapshot(_) => Err("a snapshot is not taken at once".to_owned()),
-            Method::InsertDisk(wish) => match self.machine.insert_disk(wish) {
+            Method::InsertDisk(wish) => match self.machine.insert_disk(wish, &mut files) {
                 Ok(inserted) => serde_json::to_value(inserted).map_err(|error| error.to_string()),
-                Err(error) => Err(chain(&error)),
+                Err(error) => Err(error.chain()),
             },
             Method::EjectDisk(wish) => {
-                self.machine.eject_disk(&wish).map(|()| json!({})).map_err(|error| chain(&error))
+                self.machine.eject_disk(&wish).map(|()| json!({})).map_err(|error| error.chain())
             }
             Method::WorkingSet => {
-                let bytes = self.machine.record_working_set().map_err(|error| chain(&error))?;
+                let bytes = self.machine.record_working_set(&mut files).map_err(|error| error.chain())?;
                 Ok(json!({ "bytes": bytes }))
             }
             Method::Quit => {
@@ -230,6 +246,7 @@ impl Service {
             console_tail: devices.console().tail(STATUS_TAIL),
             machine: config.machine.clone(),
             disks: config.disks.iter().map(|disk| disk.id.clone()).collect(),
+            jail: jail::confinement(),
             empty_drives: config.disks.iter().filter(|disk| disk.removable && disk.empty).count(),
         }
     }
@@ -259,12 +276,6 @@ impl Answer {
 }
 
 fn finish(saving: Saving) -> std::result::Result<Value, String> {
-    let taken = saving.finish().map_err(|error| chain(&error))?;
+    let taken = saving.finish().map_err(|error| error.chain())?;
     serde_json::to_value(taken).map_err(|error| error.to_string())
-}
-
-/// An error and its causes on one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(error.source(), |cause| cause.source());
-    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }

@@ -11,7 +11,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::layout;
 use crate::bus::{Bus, BusDevice};
-use crate::config::{Config, DiskConfig, NetworkConfig};
+use crate::config::{Config, DiskConfig, NetworkConfig, Output};
 use crate::devices::console_output::{ConsoleOutput, Outlet};
 use crate::devices::legacy::{
     EXIT_PORT, ExitPort, KeyboardController, MARK_PORT, MarkPort, RTC_PORT, RealTimeClock, SERIAL_PORT,
@@ -32,6 +32,9 @@ use crate::memory::GuestMemory;
 use crate::report::{CRASH_TAIL, Report};
 use crate::snapshot::Opened;
 use crate::timeline::Timeline;
+
+/// What a snapshot's file is longer than the guest's memory at most.
+const SNAPSHOT_ROOM: u64 = 64 << 20;
 
 /// All devices, and the buses on which the guest finds them.
 pub struct Devices {
@@ -135,6 +138,19 @@ impl Devices {
         }
     }
 
+    /// Length of the longest file that the machine can come to write, in bytes: a snapshot's memory, or a disk (of which copies are
+    /// as long). `None`: nobody knows, since disks come later, or the guest's output goes into a file.
+    pub(super) fn longest_file(&self, config: &Config) -> Option<u64> {
+        let removable = config.disks.iter().any(|disk| disk.removable);
+        let written = |output: &Output| matches!(output, Output::File(_) | Output::Stdout);
+        let serial = config.serial.as_ref().is_some_and(|serial| written(&serial.output));
+        if removable || serial || written(&config.console.output) {
+            return None;
+        }
+        let disks = self.virtio.iter().filter_map(|device| device.drive()).map(|(_, disk)| disk.length());
+        Some(disks.chain([config.machine.memory_bytes() + SNAPSHOT_ROOM]).max().unwrap_or(u64::MAX))
+    }
+
     /// What all devices counted, by name.
     pub fn metrics(&self) -> serde_json::Value {
         self.virtio.iter().map(|device| device.metrics()).collect::<serde_json::Map<_, _>>().into()
@@ -211,7 +227,7 @@ fn irqfd(vm: &VmFd, irq: u32) -> Result<EventFd> {
 
 /// ttyS0, with an interrupt where somebody means to use it as more than a place for early messages.
 fn serial_port(config: &Config, vm: &VmFd, console: &ConsoleOutput) -> Result<SerialPort> {
-    let output = config.serial.as_ref().map_or(crate::config::Output::None, |serial| serial.output.clone());
+    let output = config.serial.as_ref().map_or(Output::None, |serial| serial.output.clone());
     let named = config.boot.as_ref().is_some_and(|boot| boot.cmdline.contains("ttyS"));
     let used = config.serial.is_some() || named;
     let interrupt = used.then(|| irqfd(vm, layout::SERIAL_IRQ)).transpose()?;

@@ -4,15 +4,14 @@
 //! The guest finds another capacity, and is interrupted to look. Requests and changes are worked off by one thread, so that
 //! each request meets one disk: within the bounds of that one, or not at all.
 
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
 use super::Running;
-use super::devices::open_disk;
 use crate::config::DiskConfig;
-use crate::control::{EjectRequest, InsertRequest};
+use crate::control::{EjectRequest, Files, InsertRequest};
+use crate::devices::virtio::block::disk::{Disk, check_opened};
 use crate::error::{Error, Result};
 use crate::timeline::now_ns;
 
@@ -30,12 +29,12 @@ pub struct Inserted {
 }
 
 impl Running {
-    /// Puts a disk into the first removable drive that is empty.
+    /// Puts a disk, whose files came with the request, into the first removable drive that is empty.
     ///
     /// # Errors
-    /// There is none, the disk cannot be opened, or another drive has it and one of both may be written to. Nothing has
+    /// There is none, the disk's files did not come or are none, or another drive has it and one of both may be written to. Nothing has
     /// changed then.
-    pub fn insert_disk(&mut self, wish: InsertRequest) -> Result<Inserted> {
+    pub fn insert_disk(&mut self, wish: InsertRequest, files: &mut Files) -> Result<Inserted> {
         let InsertRequest { path, layers, read_only } = wish;
         if let Some(path) = path.iter().chain(&layers).find(|path| !path.is_absolute()) {
             return Err(Error::Drive(format!("the disk {path:?} is no absolute path")));
@@ -52,8 +51,8 @@ impl Running {
         let read_only = read_only || !layers.is_empty();
         let disk = DiskConfig { id, path, layers, read_only, empty: false, removable: true };
         disk.check()?;
-        self.check_alone(&disk)?;
-        let content = open_disk(&disk)?;
+        let content = opened(&disk, files)?;
+        self.check_alone(&disk, &content)?;
         let inserted =
             Inserted { drive: disk.id.clone(), number, bytes: content.length(), insertion: now_ns() };
         self.insertions.insert(number, inserted.insertion);
@@ -90,28 +89,37 @@ impl Running {
     }
 
     /// One that is written to has no other drive: the guest's file systems would destroy each other.
-    fn check_alone(&self, wanted: &DiskConfig) -> Result<()> {
-        for other in self.config.disks.iter().filter(|disk| !disk.read_only || !wanted.read_only) {
-            for (one, another) in files(other).flat_map(|one| files(wanted).map(move |other| (one, other))) {
-                if identity(one).is_some_and(|file| identity(another) == Some(file)) {
-                    return Err(Error::Drive(format!(
-                        "the disk {another:?} is in drive {:?} already, and is written to",
-                        other.id
-                    )));
-                }
+    fn check_alone(&self, wanted: &DiskConfig, content: &Disk) -> Result<()> {
+        let files = content.identities();
+        // They come first of all devices.
+        for (other, device) in self.config.disks.iter().zip(&self.devices.virtio) {
+            let Some((_, disk)) = device.drive().filter(|_| !other.read_only || !wanted.read_only) else {
+                continue;
+            };
+            if disk.identities().iter().any(|file| files.contains(file)) {
+                let paths: Vec<_> = wanted.path.iter().chain(&wanted.layers).collect();
+                return Err(Error::Drive(format!(
+                    "the disk {paths:?} is in drive {:?} already, and is written to",
+                    other.id
+                )));
             }
         }
         Ok(())
     }
 }
 
-fn files(disk: &DiskConfig) -> impl Iterator<Item = &Path> {
-    disk.path.iter().chain(&disk.layers).map(AsRef::as_ref)
-}
-
-/// What tells a file, or the device behind a node, from all others. `None`: there is none.
-fn identity(path: &Path) -> Option<(u64, u64)> {
-    let about = path.metadata().ok()?;
-    let device = about.file_type().is_block_device();
-    Some(if device { (u64::MAX, about.rdev()) } else { (about.dev(), about.ino()) })
+/// The disk of `files`, which are called by their paths.
+fn opened(disk: &DiskConfig, files: &mut Files) -> Result<Disk> {
+    let mut take = |path: &Path| {
+        let file = files.take(&path.to_string_lossy())?;
+        check_opened(&file, !disk.read_only)?;
+        Ok(file)
+    };
+    let content = match &disk.path {
+        Some(path) => take(path)
+            .and_then(|file| Disk::raw_of(file, disk.read_only))
+            .map_err(|error| (path.clone(), error)),
+        None => Disk::composite_of(&disk.id, &disk.layers, take),
+    };
+    content.map_err(|(path, source)| Error::Input { what: "disk", path, source })
 }

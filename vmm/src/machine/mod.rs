@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::os::fd::{FromRawFd, IntoRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::panic::resume_unwind;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::{Arc, mpsc};
 use std::thread;
@@ -23,9 +24,10 @@ use crate::control::server::Server;
 use crate::error::{Error, Result};
 use crate::event_loop::EventLoop;
 use crate::exit::{ExitRequest, Outcome};
+use crate::jail::{self, Kind};
 use crate::memory::{self, Backing, GuestMemory};
 use crate::report::Report;
-use crate::snapshot::{Extent, Opened, working_set};
+use crate::snapshot::{Extent, Identity, Opened, pages, working_set};
 use crate::timeline::Timeline;
 use crate::vcpu::{Vcpu, Vcpus};
 pub use devices::Devices;
@@ -33,6 +35,8 @@ use devices::{inherited, open_disk};
 pub use drives::Inserted;
 pub use save::{SavedDisk, Saving, SnapshotRequest, Taken};
 
+/// Most descriptors of a monitor in its jail: streams of vsock, clients with the files that they send, layers of disks.
+const MAX_DESCRIPTORS: u64 = 4096;
 /// A vCPU, and what it was told that it is.
 type Identified = (VcpuFd, Vec<kvm_cpuid_entry2>);
 
@@ -46,6 +50,8 @@ pub struct Machine {
     memory: Arc<GuestMemory>,
     /// What of memory was mapped from a snapshot.
     base: Vec<Extent>,
+    /// Which that was.
+    origin: Option<Identity>,
     kvm: Kvm,
     /// Last, so that it outlives what was made of it.
     vm: VmFd,
@@ -99,8 +105,8 @@ impl Machine {
             let entry = files.finish(&memory, bytes, config.machine.vcpus, &cmdline)?;
             Ok::<_, Error>((vm, exit, devices, identify(&kvm, fds, &features, entry)?))
         })?;
-        let machine =
-            Self { config, vcpus: Vec::new(), devices, exit, timeline, memory, base: Vec::new(), kvm, vm };
+        let (vcpus, base) = (Vec::new(), Vec::new());
+        let machine = Self { config, vcpus, devices, exit, timeline, memory, base, origin: None, kvm, vm };
         Ok(machine.with_vcpus(fds))
     }
 
@@ -150,8 +156,9 @@ impl Machine {
             Ok::<_, Error>((vm, exit, devices, fds?))
         })?;
         devices.wake();
-        let base = snapshot.extents.clone();
-        let machine = Self { config, vcpus: Vec::new(), devices, exit, timeline, memory, base, kvm, vm };
+        let (base, origin) = (snapshot.extents.clone(), Some(snapshot.identity));
+        let vcpus = Vec::new();
+        let machine = Self { config, vcpus, devices, exit, timeline, memory, base, origin, kvm, vm };
         Ok(machine.with_vcpus(fds))
     }
 
@@ -185,15 +192,22 @@ impl Machine {
     /// # Errors
     /// When threads or sockets cannot be had.
     pub fn run(self) -> Result<(Outcome, Report)> {
-        let Self { config, vcpus, devices, exit, timeline, memory, base, kvm, vm } = self;
+        let Self { config, vcpus, devices, exit, timeline, memory, base, origin, kvm, vm } = self;
         let devices = Arc::new(devices);
         let mut events = EventLoop::new()?;
         for device in &devices.virtio {
             events.add_device(Arc::clone(device));
         }
         let control = config.control.as_deref().map(Server::bind).transpose()?;
+        if control.is_some() {
+            // For snapshots. There is none where it cannot be opened, and the machine does without.
+            let _ = pages::pagemap();
+        }
+        confine(&config, &devices)?;
+        timeline.mark("jail");
 
         let vcpus = Rc::new(Vcpus::start(vcpus)?);
+        jail::confine(Kind::Main).map_err(Error::os("restrict the event loop's system calls"))?;
         if let Some(path) = &config.ready {
             UnixStream::connect(path).map_err(|source| Error::Input {
                 what: "socket to tell that the machine runs",
@@ -210,6 +224,7 @@ impl Machine {
                 timeline: Arc::clone(&timeline),
                 memory,
                 base,
+                origin,
                 insertions: BTreeMap::new(),
                 kvm,
                 vm,
@@ -224,6 +239,21 @@ impl Machine {
         timeline.mark("exit");
         Ok(devices.conclude(&exit, &timeline))
     }
+}
+
+/// Enters the jail: all is open.
+fn confine(config: &Config, devices: &Devices) -> Result<()> {
+    let absolute = |path: &PathBuf| {
+        let path = std::path::absolute(path).map_err(Error::os("tell the working directory"))?;
+        Ok::<_, Error>(path.parent().map_or_else(|| PathBuf::from("/"), Path::to_owned))
+    };
+    let sockets = config.vsock.iter().map(|vsock| &vsock.socket).chain(&config.ready);
+    let mut reach = sockets.map(absolute).collect::<Result<Vec<_>>>()?;
+    reach.sort();
+    reach.dedup();
+    let reach: Vec<&Path> = reach.iter().map(PathBuf::as_path).collect();
+    let limits = jail::Limits { descriptors: MAX_DESCRIPTORS, file_bytes: devices.longest_file(config) };
+    jail::enter(&config.jail, &reach, &limits)
 }
 
 /// Checks everything about `config` that can be checked without running it: files, kernel, sizes, KVM.
@@ -270,6 +300,8 @@ pub struct Running {
     pub memory: Arc<GuestMemory>,
     /// What of it was mapped from a snapshot.
     pub base: Vec<Extent>,
+    /// Which that was.
+    origin: Option<Identity>,
     /// The disks that were put into drives, by the drive's number.
     insertions: BTreeMap<usize, u64>,
     kvm: Kvm,

@@ -6,9 +6,7 @@
 
 mod part;
 
-use std::fs::File;
-use std::io::Read;
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::path::PathBuf;
 
 use kvm_bindings::CpuId;
@@ -17,9 +15,12 @@ use serde::{Deserialize, Serialize};
 use super::Running;
 use crate::arch::state::{VmState, msr_indices};
 use crate::config::MachineConfig;
+use crate::control::Files;
 use crate::error::{Error, Result};
 use crate::memory::Backing;
-use crate::snapshot::{DISK, Draft, Identity, Opened, Snapshot, working_set};
+use crate::random;
+use crate::snapshot::pages;
+use crate::snapshot::{DISK, Identity, Opened, Snapshot, Target, unwritten, working_set};
 use crate::timeline::now_ns;
 use part::{Copied, Part};
 
@@ -62,35 +63,28 @@ pub struct SavedDisk {
     pub digest: u64,
 }
 
-/// A snapshot under way. One that is dropped before its end leaves nothing.
+/// A snapshot under way. When it is dropped before its end, nobody writes any more.
 #[derive(Debug)]
 pub struct Saving {
-    // Before the draft, so that nobody writes any more when that is removed.
     parts: Vec<Part>,
-    draft: Draft,
+    directory: PathBuf,
     taken: Taken,
 }
 
 impl Running {
-    /// Begins to save the machine. The guest goes on, if it ran before, when this returns.
+    /// Begins to save the machine in `files`. The guest goes on, if it ran before, when this returns.
     ///
     /// # Errors
-    /// When a device cannot be saved, a vCPU does not stop, or the directory cannot be written. The machine goes on, and
-    /// nothing is left.
-    pub fn save(&self, request: &SnapshotRequest) -> Result<Saving> {
-        if !request.directory.is_absolute() {
-            return Err(Error::Config(format!(
-                "the snapshot's directory {:?} is no absolute path",
-                request.directory
-            )));
-        }
-        let draft = Draft::begin(&request.directory, request.durable)?;
+    /// When a device cannot be saved, a vCPU does not stop, or a file is missing or cannot be written. The machine goes on.
+    pub fn save(&self, request: &SnapshotRequest, mut files: Files) -> Result<Saving> {
         let taken = Taken { pause_ns: 0, memory_bytes: 0, disks: Vec::new() };
-        let mut saving = Saving { parts: Vec::new(), draft, taken };
+        let mut saving = Saving { parts: Vec::new(), directory: request.directory.clone(), taken };
+        let target = Target::of(&mut files, request.durable)
+            .map_err(|source| unwritten(&request.directory, source))?;
         let stood = self.vcpus.paused();
         let start = now_ns();
         let begun = if self.vcpus.pause() {
-            let begun = self.begin(&mut saving, &request.disks, stood);
+            let begun = self.begin(&mut saving, request, target, &mut files, stood);
             self.devices.saved();
             begun
         } else {
@@ -104,7 +98,14 @@ impl Running {
     }
 
     /// All that has to be done while the guest stands still.
-    fn begin(&self, saving: &mut Saving, disks: &[String], stood: bool) -> Result<()> {
+    fn begin(
+        &self,
+        saving: &mut Saving,
+        request: &SnapshotRequest,
+        target: Target,
+        files: &mut Files,
+        stood: bool,
+    ) -> Result<()> {
         let config = serde_json::to_string(&self.config).map_err(Error::os("encode the configuration"))?;
         let snapshot = Snapshot {
             identity: identity()?,
@@ -116,32 +117,34 @@ impl Running {
             // After the vCPUs, whose pending interrupts are settled by being asked.
             vm: VmState::save(&self.vm)?,
         };
-        for id in disks {
-            let part = self.copy_disk(id, &saving.draft)?;
-            saving.parts.push(part);
+        for id in &request.disks {
+            saving.parts.push(self.copy_disk(id, files, request.durable)?);
         }
-        let Saving { draft, .. } = &*saving;
         // Who has the machine standing still anyway saves nothing by a child, and a child nothing where memory is shared.
         let part = if stood || super::backing(&self.config) == Backing::Shared {
-            let written = draft.write(snapshot, &self.memory, &self.base);
-            Part::done(written.map_err(|source| draft.failed(source))?)
+            let written = target.write(snapshot, &self.memory, &self.base);
+            Part::done(written.map_err(|source| unwritten(&request.directory, source))?)
         } else {
-            Part::fork(|| draft.write(snapshot, &self.memory, &self.base))
+            let pagemap = pages::pagemap().map_err(Error::os("open /proc/self/pagemap"))?;
+            let [memory, state] = target.fds();
+            let own = [memory, state, pagemap.as_raw_fd()];
+            Part::fork(&own, || target.write(snapshot, &self.memory, &self.base))
                 .map_err(Error::os("fork a child that writes the guest's memory"))?
         };
         saving.parts.push(part);
         Ok(())
     }
 
-    fn copy_disk(&self, id: &str, draft: &Draft) -> Result<Part> {
+    fn copy_disk(&self, id: &str, files: &mut Files, durable: bool) -> Result<Part> {
         let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
         let drives = self.devices.virtio.iter().filter_map(|device| device.drive());
         let found = drives.into_iter().find(|(name, _)| name == id && name.chars().all(plain));
         let (_, disk) =
             found.ok_or_else(|| Error::Config(format!("the machine has no disk {id:?} to copy")))?;
-        let source = |source| Error::Input { what: "disk to copy", path: draft.path(id), source };
-        let backup = disk.backup(&draft.path(&format!("{DISK}{id}"))).map_err(source)?;
-        Part::copy(id, disk, backup, draft.durable()).map_err(Error::os("start a thread that copies a disk"))
+        let failed = |source| Error::Input { what: "disk to copy", path: id.into(), source };
+        let backup =
+            files.take(&format!("{DISK}{id}")).and_then(|target| disk.backup(target)).map_err(failed)?;
+        Part::copy(id, disk, backup, durable).map_err(Error::os("start a thread that copies a disk"))
     }
 }
 
@@ -162,18 +165,17 @@ impl Saving {
     /// What went wrong: the snapshot cannot be finished.
     pub fn collect(&mut self, fd: RawFd) -> Result<bool> {
         if let Some(part) = self.parts.iter_mut().find(|part| part.fd() == Some(fd)) {
-            part.collect()
-                .map_err(|why| Error::Snapshot { directory: self.draft.directory().to_owned(), why })?;
+            part.collect().map_err(|why| Error::Snapshot { directory: self.directory.clone(), why })?;
         }
         Ok(self.fds().is_empty())
     }
 
-    /// Gives the snapshot its name. Only when all is collected.
+    /// Tells what it cost. Only when all is collected.
     ///
     /// # Errors
-    /// When that is impossible; nothing is left then.
+    /// When it is not.
     pub fn finish(self) -> Result<Taken> {
-        let Self { parts, draft, mut taken } = self;
+        let Self { parts, mut taken, .. } = self;
         for part in parts {
             match part.into_result() {
                 Some(Copied::Memory { bytes }) => taken.memory_bytes = bytes,
@@ -181,36 +183,30 @@ impl Saving {
                 None => return Err(Error::Unsaveable("a part of the snapshot is not written".to_owned())),
             }
         }
-        draft.finish()?;
         Ok(taken)
     }
 }
 
 impl Running {
-    /// Notes in the snapshot from which the machine went on what it has written to until now: see [`working_set`]. Answers how
-    /// many bytes.
+    /// Notes in a file for the snapshot from which the machine went on what it has written to until now: see [`working_set`].
+    /// Answers how many bytes.
     ///
     /// # Errors
-    /// When it has booted, or the snapshot is not there any more or cannot be written to.
-    pub fn record_working_set(&self) -> Result<u64> {
-        let Some(directory) = &self.config.restore else {
+    /// When it has booted, or the file did not come or cannot be written to.
+    pub fn record_working_set(&self, files: &mut Files) -> Result<u64> {
+        let Some(identity) = self.origin else {
             return Err(Error::Unsaveable("it has booted: no snapshot wants to know its working set".into()));
         };
-        let identity = Opened::open(directory)?.snapshot.identity;
-        let what = "snapshot, to note a working set in";
-        working_set::record(&self.memory, directory, identity).map_err(|source| Error::Input {
-            what,
-            path: directory.clone(),
-            source,
-        })
+        let recorded = files
+            .take(working_set::WORKING_SET)
+            .and_then(|file| working_set::record(&self.memory, &file, identity));
+        recorded.map_err(Error::os("note a working set"))
     }
 }
 
 fn identity() -> Result<Identity> {
     let mut identity = Identity::default();
-    File::open("/dev/urandom")
-        .and_then(|mut random| random.read_exact(&mut identity))
-        .map_err(Error::os("read /dev/urandom"))?;
+    random::fill(&mut identity).map_err(Error::os("get random bytes"))?;
     Ok(identity)
 }
 

@@ -12,6 +12,7 @@ use std::os::unix::fs::FileExt;
 use serde::{Deserialize, Serialize};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
+use super::pages::pagemap;
 use super::{Identity, Snapshot};
 use crate::arch::layout::{self, PAGE};
 use crate::memory::GuestMemory;
@@ -186,7 +187,7 @@ pub fn write(
 
 /// What of `bytes`, private memory at `place`, can be anything but zeros: pages that the process has, and `base`.
 fn touched(bytes: &[u8], base: &[Extent], place: u64) -> io::Result<Vec<Extent>> {
-    let pagemap = File::open("/proc/self/pagemap")?;
+    let pagemap = pagemap()?;
     let first = bytes.as_ptr() as u64 / PAGE;
     let pages = bytes.len() as u64 / PAGE;
     let mut found = Vec::new();

@@ -6,21 +6,25 @@
 //! | `memory` | the guest's memory, see [`mod@memory`] |
 //! | `working-set` | perhaps: which of it is written to first, see [`mod@working_set`] |
 //!
-//! The directory appears under its name when it is complete, never before. docs/snapshots.md says what is compatible with
+//! Whoever wants a snapshot makes its files and gives them to the monitor ([`Draft`], [`Target`]): that needs no way to the
+//! directory. It appears under its name when it is complete, never before. docs/snapshots.md says what is compatible with
 //! what.
 
 pub mod file;
 pub mod memory;
+pub mod pages;
 pub mod working_set;
 
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use crate::arch::state::{VcpuState, VmState};
+use crate::control::Files;
 use crate::devices::virtio::mmio::TransportState;
 use crate::error::{Error, Result};
 use crate::memory::GuestMemory;
@@ -108,6 +112,10 @@ impl Draft {
     /// When it exists, or cannot be made.
     pub fn begin(directory: &Path, durable: bool) -> Result<Self> {
         let refused = |why: &str| Error::Snapshot { directory: directory.to_owned(), why: why.to_owned() };
+        if !directory.is_absolute() {
+            let words = format!("the snapshot's directory {directory:?} is no absolute path");
+            return Err(Error::Config(words));
+        }
         if directory.exists() {
             return Err(refused("it exists already; remove it first, or give another name"));
         }
@@ -119,38 +127,22 @@ impl Draft {
         Ok(Self { directory: directory.to_owned(), partial, durable, finished: false })
     }
 
-    /// Where a file called `name` belongs for now.
-    pub fn path(&self, name: &str) -> PathBuf {
-        self.partial.join(name)
-    }
-
-    /// Where it will be.
-    pub fn directory(&self) -> &Path {
-        &self.directory
-    }
-
-    /// Whether it will survive a loss of power.
-    pub fn durable(&self) -> bool {
-        self.durable
-    }
-
-    /// Writes memory and state. `snapshot` has everything but extents; `base` is what of memory was mapped from an earlier snapshot.
-    /// Answers how many bytes of memory it holds.
+    /// Its files, empty, for the monitor that fills them: [`Target`] and the copies of `disks`.
     ///
     /// # Errors
-    /// When they cannot be written.
-    pub fn write(&self, mut snapshot: Snapshot, guest: &GuestMemory, base: &[Extent]) -> io::Result<u64> {
-        let create = |name| File::options().write(true).create_new(true).mode(0o600).open(self.path(name));
-        let memory = create(MEMORY)?;
-        snapshot.extents = memory::write(guest, base, &memory, &snapshot.identity)?;
-        let bytes = snapshot.extents.iter().map(|extent| extent.length).sum();
-        let mut state = create(STATE)?;
-        state.write_all(&file::encode(&snapshot)?)?;
-        if self.durable {
-            memory.sync_all()?;
-            state.sync_all()?;
+    /// When one cannot be made.
+    pub fn files(&self, disks: &[String]) -> Result<Files> {
+        let disks = disks.iter().map(|id| format!("{DISK}{id}"));
+        let mut files = Files::default();
+        for name in [MEMORY.to_owned(), STATE.to_owned()].into_iter().chain(disks) {
+            if name.contains('/') {
+                return Err(Error::Config(format!("the machine can have no disk {name:?} to copy")));
+            }
+            let file =
+                File::options().write(true).create_new(true).mode(0o600).open(self.partial.join(&name));
+            files.push(name, file.map_err(|source| unwritten(&self.directory, source))?);
         }
-        Ok(bytes)
+        Ok(files)
     }
 
     /// Gives the directory its name: it is complete.
@@ -158,7 +150,7 @@ impl Draft {
     /// # Errors
     /// When that is impossible; nothing is left then.
     pub fn finish(mut self) -> Result<()> {
-        self.publish().map_err(|source| self.failed(source))?;
+        self.publish().map_err(|source| unwritten(&self.directory, source))?;
         self.finished = true;
         Ok(())
     }
@@ -173,14 +165,50 @@ impl Draft {
             _ => Ok(()),
         }
     }
+}
 
-    /// The error for what went wrong with one of its files.
-    pub fn failed(&self, source: io::Error) -> Error {
-        unwritten(&self.directory, source)
+/// The files of a snapshot that a monitor writes; whoever wants it has made them.
+#[derive(Debug)]
+pub struct Target {
+    memory: File,
+    state: File,
+    durable: bool,
+}
+
+impl Target {
+    /// Those among `files`. `durable`: what is in them will survive a loss of power.
+    ///
+    /// # Errors
+    /// They did not come.
+    pub fn of(files: &mut Files, durable: bool) -> io::Result<Self> {
+        Ok(Self { memory: files.take(MEMORY)?, state: files.take(STATE)?, durable })
+    }
+
+    /// Their descriptors.
+    pub fn fds(&self) -> [RawFd; 2] {
+        [self.memory.as_raw_fd(), self.state.as_raw_fd()]
+    }
+
+    /// Writes memory and state. `snapshot` has everything but extents; `base` is what of memory was mapped from an earlier snapshot.
+    /// Answers how many bytes of memory it holds.
+    ///
+    /// # Errors
+    /// When they cannot be written.
+    pub fn write(&self, mut snapshot: Snapshot, guest: &GuestMemory, base: &[Extent]) -> io::Result<u64> {
+        let Self { memory, state, durable } = self;
+        let mut state = state;
+        snapshot.extents = memory::write(guest, base, memory, &snapshot.identity)?;
+        let bytes = snapshot.extents.iter().map(|extent| extent.length).sum();
+        state.write_all(&file::encode(&snapshot)?)?;
+        if *durable {
+            memory.sync_all()?;
+            state.sync_all()?;
+        }
+        Ok(bytes)
     }
 }
 
-fn unwritten(directory: &Path, source: io::Error) -> Error {
+pub(crate) fn unwritten(directory: &Path, source: io::Error) -> Error {
     Error::Input { what: "directory for the snapshot", path: directory.to_owned(), source }
 }
 
@@ -221,7 +249,8 @@ pub(crate) mod tests {
 
     fn write(directory: &Path, snapshot: Snapshot, guest: &GuestMemory) -> Result<()> {
         let draft = Draft::begin(directory, true)?;
-        draft.write(snapshot, guest, &[]).map_err(|source| draft.failed(source))?;
+        let mut files = draft.files(&[]).unwrap();
+        Target::of(&mut files, true).unwrap().write(snapshot, guest, &[]).unwrap();
         draft.finish()
     }
 
@@ -251,7 +280,9 @@ pub(crate) mod tests {
     fn what_is_not_finished_goes_away() {
         let place = tempfile::tempdir().unwrap();
         let draft = Draft::begin(&place.path().join("one"), false).unwrap();
-        fs::write(draft.path("disk"), "half").unwrap();
+        draft.files(&["scratch".into()]).unwrap();
+        assert!(place.path().join("one.partial/disk-scratch").exists());
+        assert!(draft.files(&["../scratch".into()]).is_err());
         assert_eq!(fs::read_dir(place.path()).unwrap().count(), 1);
         drop(draft);
         assert_eq!(fs::read_dir(place.path()).unwrap().count(), 0);

@@ -9,14 +9,15 @@
 //! The record is a hint. One that is missing, damaged or another snapshot's costs time and nothing else, and as guests say
 //! what is in it, it is no longer than [`MAX_BYTES`].
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, Write};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
+use super::pages::pagemap;
 use super::{Extent, Identity, Snapshot, file, memory};
 use crate::arch::layout::PAGE;
 use crate::memory::GuestMemory;
@@ -40,19 +41,13 @@ struct Record {
     extents: Vec<Extent>,
 }
 
-/// Notes in `directory`, where the snapshot `identity` is, what `guest` has written to until now. Answers how many bytes.
+/// Notes in `file`, for the snapshot `identity`, what `guest` has written to until now. Answers how many bytes.
 ///
 /// # Errors
-/// When the file cannot be written; nothing is left of it then.
-pub fn record(guest: &GuestMemory, directory: &Path, identity: Identity) -> io::Result<u64> {
+/// When the file cannot be written.
+pub fn record(guest: &GuestMemory, mut file: &File, identity: Identity) -> io::Result<u64> {
     let record = Record { identity, extents: written(guest)? };
-    let partial = directory.join(format!("{WORKING_SET}.{}", std::process::id()));
-    let put = || {
-        let mut file = File::options().write(true).create(true).truncate(true).mode(0o600).open(&partial)?;
-        file.write_all(&file::encode(&record)?)?;
-        fs::rename(&partial, directory.join(WORKING_SET))
-    };
-    put().inspect_err(|_| drop(fs::remove_file(&partial)))?;
+    file.write_all(&file::encode(&record)?)?;
     Ok(record.extents.iter().map(|extent| extent.length).sum())
 }
 
@@ -89,7 +84,7 @@ pub fn populate(guest: &GuestMemory, extents: &[Extent]) {
 
 /// The runs of pages of private memory that are copies of what was mapped, or were never mapped from a file.
 fn written(guest: &GuestMemory) -> io::Result<Vec<Extent>> {
-    let pagemap = File::open("/proc/self/pagemap")?;
+    let pagemap = pagemap()?;
     let mut extents: Vec<Extent> = Vec::new();
     let mut buffer = vec![0; ENTRIES * 8];
     let (mut offset, mut bytes) = (0, 0);
@@ -155,7 +150,8 @@ mod tests {
             for page in &writes {
                 first.write_obj(2_u8, GuestAddress(page * PAGE)).unwrap();
             }
-            let bytes = record(&first, place.path(), snapshot.identity).unwrap();
+            let file = File::create(place.path().join(WORKING_SET)).unwrap();
+            let bytes = record(&first, &file, snapshot.identity).unwrap();
             prop_assert_eq!(bytes, writes.len() as u64 * PAGE);
             let extents = read(place.path(), &snapshot);
             let wanted: Vec<u64> = writes.into_iter().collect();
@@ -173,7 +169,7 @@ mod tests {
         #[test]
         fn no_bytes_make_it_anything_but_a_hint(bytes in proptest::collection::vec(any::<u8>(), 0..100)) {
             let place = tempfile::tempdir().unwrap();
-            fs::write(place.path().join(WORKING_SET), bytes).unwrap();
+            std::fs::write(place.path().join(WORKING_SET), bytes).unwrap();
             prop_assert_eq!(read(place.path(), &snapshot(2 << 20, Vec::new())), Vec::new());
         }
     }
@@ -192,7 +188,7 @@ mod tests {
             (false, [7; 16], vec![extent(PAGE, PAGE), extent(0, PAGE)]),
         ] {
             let bytes = file::encode(&Record { identity, extents: extents.clone() }).unwrap();
-            fs::write(place.path().join(WORKING_SET), bytes).unwrap();
+            std::fs::write(place.path().join(WORKING_SET), bytes).unwrap();
             let wanted = if good { extents } else { Vec::new() };
             assert_eq!(read(place.path(), &snapshot(64 << 20, Vec::new())), wanted);
         }

@@ -13,7 +13,8 @@ use super::gate::{Gate, Sample};
 use crate::arch::state::VcpuState;
 use crate::bus::Bus;
 use crate::error::{Error, Result};
-use crate::exit::ExitRequest;
+use crate::exit::{ExitRequest, Outcome};
+use crate::jail::{self, Kind};
 use crate::memory::GuestMemory;
 use crate::report::Crash;
 use crate::sync::lock;
@@ -152,6 +153,10 @@ extern "C" fn ignore(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_vo
 impl Vcpu {
     fn run(mut self, gate: &Gate<VcpuFd>) {
         let immediate_exit = ImmediateExit::of(&mut self.fd);
+        if let Err(error) = jail::confine(Kind::Vcpu) {
+            eprintln!("bulkhead-vmm: the system calls of vCPU {} cannot be restricted: {error}", self.id);
+            return self.exit.request(Outcome::DeviceLost);
+        }
         if self.id == 0 {
             self.timeline.mark("first-run");
         }

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::SavedDisk;
 use crate::devices::virtio::block::backup::Backup;
 use crate::devices::virtio::block::disk::Disk;
+use crate::jail::{self, Kind};
 
 /// What was written.
 #[derive(Debug, Serialize, Deserialize)]
@@ -47,19 +48,24 @@ impl Part {
         Self { worker: Worker::Nobody, pipe: None, result: Some(Copied::Memory { bytes }) }
     }
 
-    /// Writes memory in a child process, for which nothing changes any more.
+    /// Writes memory in a child process, for which nothing changes any more, and which keeps the descriptors `own`.
     ///
     /// # Errors
     /// When no child can be had.
-    pub fn fork(write: impl FnOnce() -> io::Result<u64>) -> io::Result<Self> {
+    pub fn fork(own: &[RawFd], write: impl FnOnce() -> io::Result<u64>) -> io::Result<Self> {
         let (reader, writer) = pipe()?;
+        let confined = jail::is_confined();
+        let mut keep: Vec<RawFd> = own.to_vec();
+        keep.push(writer.as_raw_fd());
+        keep.sort_unstable();
         // SAFETY: the child has this thread alone. It takes no lock that another may have held: it allocates, which glibc makes
         // possible after fork, reads guest memory and writes files. It ends by _exit.
         match unsafe { libc::fork() } {
             -1 => Err(io::Error::last_os_error()),
             0 => {
-                stay_out_of_the_way(writer.as_raw_fd());
-                report(writer, write().map(|bytes| Copied::Memory { bytes }));
+                stay_out_of_the_way(&keep);
+                let written = jail::confine_below(Kind::Memory, confined).and_then(|()| write());
+                report(writer, written.map(|bytes| Copied::Memory { bytes }));
                 // SAFETY: _exit has no preconditions.
                 unsafe { libc::_exit(0) }
             }
@@ -75,7 +81,11 @@ impl Part {
         let (reader, writer) = pipe()?;
         let give_up = Arc::new(AtomicBool::new(false));
         let (asked, id) = (Arc::clone(&give_up), id.to_owned());
+        let confined = jail::is_confined();
         let work = move || {
+            if let Err(error) = jail::confine_below(Kind::Backup, confined) {
+                return report(writer, Err(error));
+            }
             let copied = backup.run(|| asked.load(Ordering::Relaxed)).and_then(|digest| {
                 if durable {
                     backup.sync()?;
@@ -152,17 +162,23 @@ impl Drop for Part {
 
 /// The child ends when the monitor does, and holds nothing of the monitor's but guest memory and its own files: whoever waits for
 /// the end of a connection must not wait for the child.
-fn stay_out_of_the_way(keep: RawFd) {
-    let keep = libc::c_uint::try_from(keep).unwrap_or(libc::c_uint::MAX);
-    // SAFETY: integers only. Descriptors that are closed here belong to objects that the child never touches again: it ends by
-    // _exit, without destructors.
-    unsafe {
-        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-        if keep > 3 {
-            libc::syscall(libc::SYS_close_range, 3, keep - 1, 0);
+/// `keep` is in order.
+fn stay_out_of_the_way(keep: &[RawFd]) {
+    // SAFETY: integers only.
+    unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+    let close = |first: libc::c_uint, last: libc::c_uint| {
+        if first <= last {
+            // SAFETY: integers only. Descriptors that are closed here belong to objects that the child never touches again: it
+            // ends by _exit, without destructors.
+            unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
         }
-        libc::syscall(libc::SYS_close_range, keep.saturating_add(1), libc::c_uint::MAX, 0);
+    };
+    let mut first = 3;
+    for fd in keep.iter().filter_map(|fd| libc::c_uint::try_from(*fd).ok()).filter(|fd| *fd >= 3) {
+        close(first, fd.saturating_sub(1));
+        first = fd.saturating_add(1);
     }
+    close(first, libc::c_uint::MAX);
 }
 
 fn report(mut to: File, result: io::Result<Copied>) {
@@ -194,10 +210,10 @@ mod tests {
         let mut value = Box::new(1_u64);
         let seen: *const u64 = &raw const *value;
         // SAFETY: the box is alive in parent and child.
-        let part = Part::fork(|| Ok(unsafe { seen.read_volatile() })).unwrap();
+        let part = Part::fork(&[], || Ok(unsafe { seen.read_volatile() })).unwrap();
         *value = 2;
         assert!(matches!(finish(part), Ok(Some(Copied::Memory { bytes: 1 }))));
-        let failed = Part::fork(|| Err(io::Error::other("no room"))).unwrap();
+        let failed = Part::fork(&[], || Err(io::Error::other("no room"))).unwrap();
         assert_eq!(finish(failed).unwrap_err(), "no room");
     }
 
@@ -206,12 +222,12 @@ mod tests {
         let forever = || loop {
             thread::park();
         };
-        let part = Part::fork(forever).unwrap();
+        let part = Part::fork(&[], forever).unwrap();
         let Worker::Child(child) = part.worker else { panic!("no child") };
         drop(part);
         // SAFETY: signal 0 only asks whether the process exists.
         assert_eq!(unsafe { libc::kill(child, 0) }, -1);
-        let part = Part::fork(forever).unwrap();
+        let part = Part::fork(&[], forever).unwrap();
         let Worker::Child(child) = part.worker else { panic!("no child") };
         // SAFETY: our own child.
         unsafe { libc::kill(child, libc::SIGKILL) };

@@ -52,12 +52,11 @@ impl Digest {
 }
 
 impl Backup {
-    /// Begins a copy of `source`, whose first `length` bytes are the disk, in the new file `target`.
+    /// Begins a copy of `source`, whose first `length` bytes are the disk, in the file `target`, which is empty.
     ///
     /// # Errors
-    /// When the file cannot be made.
-    pub fn new(source: File, length: u64, target: &Path) -> io::Result<Self> {
-        let target = OpenOptions::new().write(true).create_new(true).mode(0o600).open(target)?;
+    /// When that cannot be made as long.
+    pub fn new(source: File, length: u64, target: File) -> io::Result<Self> {
         target.set_len(length)?;
         let words = usize::try_from(length.div_ceil(CLUSTER).div_ceil(64)).map_err(io::Error::other)?;
         let progress = Progress { done: vec![0; words], ..Progress::default() };
@@ -154,7 +153,8 @@ impl Backup {
 pub fn copy(from: &Path, to: &Path) -> io::Result<Digest> {
     let source = File::open(from)?;
     let length = source.metadata()?.len();
-    let backup = Backup::new(source, length, to)?;
+    let target = OpenOptions::new().write(true).create_new(true).mode(0o600).open(to)?;
+    let backup = Backup::new(source, length, target).inspect_err(|_| drop(std::fs::remove_file(to)))?;
     backup.run(|| false).inspect_err(|_| drop(std::fs::remove_file(to)))
 }
 
@@ -218,7 +218,7 @@ mod tests {
             let expected = copy(&path, &place.path().join("at rest")).unwrap();
 
             let target = place.path().join("copy");
-            let backup = Backup::new(File::open(&path).unwrap(), length, &target).unwrap();
+            let backup = Backup::new(File::open(&path).unwrap(), length, File::create(&target).unwrap()).unwrap();
             let (early, late) = during.split_at(split.min(during.len()));
             for change in early {
                 backup.preserve(change.0, change.1);
@@ -258,7 +258,7 @@ mod tests {
         file.write_all_at(&[1; 4096], 0).unwrap();
         let length = file.metadata().unwrap().len();
         let open = || File::open(&path).unwrap();
-        let backup = Backup::new(open(), length, &place.path().join("a")).unwrap();
+        let backup = Backup::new(open(), length, File::create(place.path().join("a")).unwrap()).unwrap();
         assert_eq!(backup.run(|| true).unwrap_err().kind(), ErrorKind::Interrupted);
 
         let full = Backup {

@@ -3,7 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -65,7 +65,14 @@ impl Disk {
     /// # Errors
     /// When it cannot be opened that way, or is empty.
     pub fn raw(path: &Path, read_only: bool) -> io::Result<Self> {
-        let mut file = open(path, !read_only)?;
+        Self::raw_of(open(path, !read_only)?, read_only)
+    }
+
+    /// The same of one that is open already.
+    ///
+    /// # Errors
+    /// When it is empty.
+    pub fn raw_of(mut file: File, read_only: bool) -> io::Result<Self> {
         // Unlike the file's metadata, this is right for block devices too.
         let length = file.seek(SeekFrom::End(0))? / SECTOR * SECTOR;
         if length == 0 {
@@ -79,10 +86,22 @@ impl Disk {
     /// # Errors
     /// The path that cannot be opened, and why.
     pub fn composite(id: &str, layers: &[PathBuf]) -> Result<Self, (PathBuf, io::Error)> {
+        Self::composite_of(id, layers, |path| open(path, false))
+    }
+
+    /// The same of layers that `open` opens.
+    ///
+    /// # Errors
+    /// The path that cannot be opened, and why.
+    pub fn composite_of(
+        id: &str,
+        layers: &[PathBuf],
+        mut open: impl FnMut(&Path) -> io::Result<File>,
+    ) -> Result<Self, (PathBuf, io::Error)> {
         let mut files = Vec::with_capacity(layers.len());
         for path in layers {
-            let open = || {
-                let mut file = open(path, false)?;
+            let mut open = || {
+                let mut file = open(path)?;
                 let length = file.seek(SeekFrom::End(0))?.next_multiple_of(LAYER_ALIGNMENT);
                 if length == 0 {
                     return Err(io::Error::new(ErrorKind::InvalidData, "it is empty"));
@@ -112,6 +131,26 @@ impl Disk {
         match self {
             Self::Raw(disk) => disk.length,
             Self::Composite(disk) => disk.length,
+        }
+    }
+
+    /// What tells its files, or the devices behind their nodes, from all others.
+    pub fn identities(&self) -> Vec<(u64, u64)> {
+        let of = |file: &File| {
+            let about = file.metadata().ok()?;
+            let device = about.file_type().is_block_device();
+            Some(if device { (u64::MAX, about.rdev()) } else { (about.dev(), about.ino()) })
+        };
+        match self {
+            Self::Raw(disk) => of(&disk.file).into_iter().collect(),
+            Self::Composite(disk) => disk
+                .pieces
+                .iter()
+                .filter_map(|piece| match &piece.source {
+                    Source::File(file) => of(file),
+                    Source::Memory(_) => None,
+                })
+                .collect(),
         }
     }
 
@@ -215,12 +254,12 @@ impl Disk {
 }
 
 impl Disk {
-    /// Begins to copy the disk, as it is now, to the new file `target`: see [`Backup::run`], after which
+    /// Begins to copy the disk, as it is now, to the file `target`, which is empty: see [`Backup::run`], after which
     /// [`Self::end_backup`] is due.
     ///
     /// # Errors
-    /// When the file cannot be made, or the disk is one that nobody can write to: there is no need to copy it.
-    pub fn backup(&self, target: &Path) -> io::Result<Arc<Backup>> {
+    /// When the file cannot be made as long, or the disk is one that nobody can write to: there is no need to copy it.
+    pub fn backup(&self, target: File) -> io::Result<Arc<Backup>> {
         let Self::Raw(disk @ RawDisk { read_only: false, .. }) = self else {
             return Err(io::Error::new(ErrorKind::InvalidInput, "the guest cannot write to it"));
         };
@@ -290,11 +329,35 @@ impl Source {
 }
 
 /// Opens a file or block device, and nothing that would keep a running machine waiting.
-fn open(path: &Path, write: bool) -> io::Result<File> {
+///
+/// # Errors
+/// When it cannot be opened, or is something else.
+pub fn open(path: &Path, write: bool) -> io::Result<File> {
     let file = OpenOptions::new().read(true).write(write).custom_flags(libc::O_NONBLOCK).open(path)?;
+    check_kind(&file)?;
+    Ok(file)
+}
+
+/// Checks a descriptor that somebody else has opened for a disk.
+///
+/// # Errors
+/// It is no file or block device, or cannot be used that way.
+pub fn check_opened(file: &File, write: bool) -> io::Result<()> {
+    check_kind(file)?;
+    // SAFETY: F_GETFL touches no memory.
+    let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
+    let wanted = if write { libc::O_RDWR } else { libc::O_RDONLY };
+    match flags & (libc::O_ACCMODE | libc::O_PATH) {
+        _ if flags < 0 => Err(io::Error::last_os_error()),
+        mode if mode == libc::O_RDWR || mode == wanted => Ok(()),
+        _ => Err(io::Error::new(ErrorKind::InvalidInput, "its descriptor was not opened for that")),
+    }
+}
+
+fn check_kind(file: &File) -> io::Result<()> {
     let kind = file.metadata()?.file_type();
     if kind.is_file() || kind.is_block_device() {
-        return Ok(file);
+        return Ok(());
     }
     Err(io::Error::new(ErrorKind::InvalidInput, "it is neither a file nor a block device"))
 }

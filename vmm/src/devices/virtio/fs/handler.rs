@@ -15,6 +15,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use crate::devices::virtio::{Activation, F_VERSION_1};
+use crate::jail::{self, Kind};
 use crate::memory::GuestMemory;
 
 /// How long a backend may take for one exchange; the first includes the rest of its start.
@@ -242,7 +243,11 @@ impl Backend {
         let (done, wait) = mpsc::channel::<()>();
         let (stream, frontend) = (&self.stream, &mut self.frontend);
         thread::scope(|scope| {
+            let confined = jail::is_confined();
             let watch = move || {
+                if jail::confine_below(Kind::Watch, confined).is_err() {
+                    return false;
+                }
                 let late = wait.recv_timeout(patience) == Err(RecvTimeoutError::Timeout);
                 if late {
                     let _ = stream.shutdown(Shutdown::Both);

@@ -2,8 +2,7 @@
 //! come and go without the event loop knowing.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -117,8 +116,8 @@ impl Muxer {
     pub fn forget_ports(&mut self) {
         let mut random = [0; 4];
         // Without randomness, the time tells one machine from an earlier one as well.
-        let read = File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut random));
-        let number = read.map_or_else(|_| now_ns() as u32, |()| u32::from_ne_bytes(random));
+        let filled = crate::random::fill(&mut random);
+        let number = filled.map_or_else(|_| now_ns() as u32, |()| u32::from_ne_bytes(random));
         self.next_port = FIRST_HOST_PORT + number / 2;
     }
 
