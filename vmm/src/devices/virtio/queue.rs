@@ -1,6 +1,9 @@
 //! What all queue handlers share: taking chains from a queue, giving them back, notifying the driver as seldom as it
 //! allows; and bounded access to what a chain points to.
 
+#[cfg(test)]
+mod model;
+
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
