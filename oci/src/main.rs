@@ -10,6 +10,7 @@ mod console;
 mod hooks;
 mod log;
 mod pod;
+mod policy;
 mod sandbox;
 mod store;
 mod verbs;

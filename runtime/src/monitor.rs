@@ -287,6 +287,8 @@ impl Monitor {
             let [ready, ended, interrupted] = fds.map(|fd| !fd.revents().is_empty());
             if ready {
                 self.ready.accept().context(|| "cannot hear the agent".into())?;
+                // The agent has called. Whoever in the guest calls after it finds nobody.
+                let _ = fs::remove_file(self.files.ready());
                 return Ok(());
             }
             if ended {
