@@ -106,13 +106,8 @@ fn stamp(parts: &[Part]) -> Result<String> {
     for Part { what, path, digest, .. } in parts {
         let about = fs::metadata(path).context(|| format!("cannot look at the {what} {}", path.display()))?;
         let (modified, changed) = ((about.mtime(), about.mtime_nsec()), (about.ctime(), about.ctime_nsec()));
-        let _ = write!(
-            text,
-            "{} {} {} {modified:?} {changed:?} {digest}\n",
-            about.dev(),
-            about.ino(),
-            about.len()
-        );
+        let file = format!("{} {} {}", about.dev(), about.ino(), about.len());
+        let _ = writeln!(text, "{file} {modified:?} {changed:?} {digest}");
     }
     Ok(Digest::of(text.as_bytes()).hex())
 }

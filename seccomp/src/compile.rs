@@ -35,6 +35,8 @@ const X32: u32 = 0x4000_0000;
 pub const MAX_PROGRAM: usize = 4096;
 /// Numbers of system calls are below this. (The crate's own iterators leave the last call out.)
 const MOST_CALLS: usize = 1024;
+/// How far a conditional jump leads.
+const REACH: usize = 255;
 /// Offsets in `struct seccomp_data`.
 const OFFSET_ARCH: u32 = 4;
 const OFFSET_ARGS: u32 = 16;
@@ -168,7 +170,7 @@ impl Program {
 fn section(profile: &Profile, names: &Names, default: u32) -> Result<Vec<Instruction>, Error> {
     let verdicts = verdicts(profile, names, default)?;
     let mut code = vec![statement(LOAD, 0)];
-    code.extend(search(&segments(&verdicts, default)));
+    code.extend(Search::code(&segments(&verdicts, default)));
     Ok(code)
 }
 
@@ -255,21 +257,84 @@ fn segments(verdicts: &BTreeMap<u32, Verdict>, default: u32) -> Vec<(u32, Verdic
     segments
 }
 
-/// A binary search; the accumulator has the number.
-fn search(segments: &[(u32, Verdict)]) -> Vec<Instruction> {
-    let (left, right) = segments.split_at(segments.len() / 2);
-    let (Some((start, _)), false) = (right.first(), left.is_empty()) else {
-        return right.first().map(|(_, verdict)| verdict.code()).unwrap_or_default();
-    };
-    let (left, right) = (search(left), search(right));
-    let mut code = match u8::try_from(left.len()) {
-        Ok(distance) => vec![jump(JUMP_GE, *start, distance, 0)],
-        // Conditional jumps reach 255 instructions; an unconditional one any distance.
-        Err(_) => vec![jump(JUMP_GE, *start, 0, 1), statement(JUMP, left.len() as u32)],
-    };
-    code.extend(left);
-    code.extend(right);
-    code
+/// A binary search over ranges of numbers, written from its end to its beginning: jumps lead forward only, so that where they
+/// lead is known then, and verdicts are shared by all that reach them.
+#[derive(Default)]
+struct Search {
+    /// The last instruction first.
+    reversed: Vec<Instruction>,
+    /// Where the nearest `RETURN` with each value is.
+    returns: BTreeMap<u32, usize>,
+}
+
+impl Search {
+    /// The accumulator has the number.
+    fn code(segments: &[(u32, Verdict)]) -> Vec<Instruction> {
+        let mut search = Self::default();
+        let root = search.node(segments);
+        if search.distance(root) > 0 {
+            search.trampoline(root);
+        }
+        search.reversed.reverse();
+        search.reversed
+    }
+
+    /// Writes the search of some ranges; answers where it begins.
+    fn node(&mut self, segments: &[(u32, Verdict)]) -> usize {
+        let (left, right) = segments.split_at(segments.len() / 2);
+        let (Some((start, _)), false) = (right.first(), left.is_empty()) else {
+            let none = Verdict { rules: Vec::new(), otherwise: KILL_PROCESS };
+            return self.verdict(right.first().map_or(&none, |(_, verdict)| verdict));
+        };
+        let (mut right, mut left) = (self.node(right), self.node(left));
+        // The first may push the second out of reach.
+        if self.distance(right) >= REACH {
+            right = self.trampoline(right);
+        }
+        if self.distance(left) > REACH {
+            left = self.trampoline(left);
+        }
+        let (yes, no) = (self.distance(right) as u8, self.distance(left) as u8);
+        self.push(jump(JUMP_GE, *start, yes, no))
+    }
+
+    fn verdict(&mut self, verdict: &Verdict) -> usize {
+        if verdict.rules.is_empty() {
+            return self.returned(verdict.otherwise);
+        }
+        for instruction in verdict.code().into_iter().rev() {
+            self.push(instruction);
+        }
+        self.reversed.len() - 1
+    }
+
+    /// A `RETURN` that can be reached from here, and from a few instructions before.
+    fn returned(&mut self, value: u32) -> usize {
+        match self.returns.get(&value) {
+            Some(&known) if self.distance(known) < REACH / 2 => known,
+            _ => {
+                let place = self.push(statement(RETURN, value));
+                self.returns.insert(value, place);
+                place
+            }
+        }
+    }
+
+    /// Conditional jumps reach 255 instructions; an unconditional one any distance.
+    fn trampoline(&mut self, to: usize) -> usize {
+        let far = self.distance(to) as u32;
+        self.push(statement(JUMP, far))
+    }
+
+    fn push(&mut self, instruction: Instruction) -> usize {
+        self.reversed.push(instruction);
+        self.reversed.len() - 1
+    }
+
+    /// How many instructions the next one would skip to get there.
+    fn distance(&self, to: usize) -> usize {
+        self.reversed.len() - 1 - to
+    }
 }
 
 impl Verdict {
