@@ -73,6 +73,9 @@ install: all
 		$(RELEASE)/containerd-shim-bulkhead-v2
 	install -D -m 644 $(KERNEL) $(DESTDIR)$(PREFIX)/share/bulkhead/vmlinux
 	install -D -m 644 $(INITRAMFS) $(DESTDIR)$(PREFIX)/share/bulkhead/initramfs.cpio
+	@# Read before use: what is installed is what runs. sha256sum -c SHA256SUMS says so, too.
+	cd $(DESTDIR)$(PREFIX)/share/bulkhead && sha256sum vmlinux initramfs.cpio ../../bin/bulkhead ../../bin/bulkhead-oci \
+		../../bin/bulkhead-vmm ../../bin/containerd-shim-bulkhead-v2 >SHA256SUMS
 	@# One that has been edited stays.
 	test -e $(DESTDIR)$(SYSCONFDIR)/bulkhead/config.toml || \
 		install -D -m 644 runtime/config.toml $(DESTDIR)$(SYSCONFDIR)/bulkhead/config.toml

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use bulkhead_runtime::binds::{Bind, Mounting};
 use bulkhead_runtime::network::{NetworkWish, Port};
 use bulkhead_runtime::options::{
-    Tmpfs, Ulimit, parse_capability, parse_cpus, parse_signal, parse_size, parse_sysctl,
+    SecurityOption, Tmpfs, Ulimit, parse_capability, parse_cpus, parse_signal, parse_size, parse_sysctl,
 };
 use clap::{Args, Parser, Subcommand};
 
@@ -126,6 +126,12 @@ pub struct RunArgs {
     /// Take a capability away, or ALL.
     #[arg(long, value_name = "CAPABILITY", value_parser = parse_capability)]
     pub cap_drop: Vec<String>,
+    /// Give the container all that its guest has: every capability and device, every system call.
+    #[arg(long)]
+    pub privileged: bool,
+    /// seccomp=unconfined, seccomp=PROFILE.json, no-new-privileges, or systempaths=unconfined.
+    #[arg(long, value_name = "OPTION", value_parser = SecurityOption::parse)]
+    pub security_opt: Vec<SecurityOption>,
     /// Limit a resource, like nofile=1024:2048.
     #[arg(long, value_name = "NAME=SOFT[:HARD]", value_parser = Ulimit::parse)]
     pub ulimit: Vec<Ulimit>,
@@ -371,6 +377,8 @@ pub enum ImageCommand {
     Rm(ImageRmArgs),
     /// Give an image one more name.
     Tag(TagArgs),
+    /// Read images, all or some, and compare them with the digests that were written down when they came.
+    Verify(VerifyArgs),
     /// Remove images without a name, and layers that nothing needs.
     Prune(PruneArgs),
 }
@@ -386,6 +394,12 @@ pub struct LoadArgs {
     /// The archive, or an OCI layout directory; `-` is standard input.
     #[arg(required_unless_present = "input")]
     pub file: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub struct VerifyArgs {
+    /// Names, ids, or beginnings of ids; all images when none is given.
+    pub images: Vec<String>,
 }
 
 #[derive(Debug, Args)]

@@ -67,6 +67,7 @@ fn perform(cli: Cli) -> Outcome {
         Command::Image(ImageCommand::Inspect(args)) => commands::image::inspect(&layout, &args),
         Command::Image(ImageCommand::Rm(args)) => commands::image::rm(&layout, &args),
         Command::Image(ImageCommand::Tag(args)) => commands::image::tag(&layout, &args),
+        Command::Image(ImageCommand::Verify(args)) => commands::image::verify(&layout, &args),
         Command::Image(ImageCommand::Prune(args)) => commands::image::prune(&layout, &args),
         Command::Doctor(args) => commands::doctor::doctor(&layout, &settings, wrong.as_ref(), &args),
     }

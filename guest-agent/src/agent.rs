@@ -9,6 +9,7 @@ use rustix::event::Timespec;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::net::SocketFlags;
 
+use crate::boot;
 use crate::container::Container;
 use crate::container::cgroup::Machine;
 use crate::container::process::Process;
@@ -186,6 +187,9 @@ impl Agent {
         // One at a time: the listeners are level-triggered and ask again.
         let listener = if rpc { &self.rpc_listener } else { &self.stream_listener };
         let Ok(socket) = rustix::net::accept_with(listener, flags) else { return };
+        if !boot::is_host(socket.as_fd()) {
+            return;
+        }
         if self.connections.len() + self.streams.len() >= MAX_CONNECTIONS {
             return;
         }

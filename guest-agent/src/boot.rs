@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::Write;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use bulkhead_protocol::{AGENT_PORT, STREAM_PORT, mark};
 use rustix::mount::MountFlags;
@@ -62,8 +62,37 @@ fn prepare() -> Result<()> {
         rustix::mount::mount(fstype, target, fstype, flags, None)
             .context(|| format!("mount {fstype} on {target} (is it in the guest kernel?)"))?;
     }
+    harden()?;
     // The children set their own; nothing that a container does may choose the agent as the out-of-memory victim.
     fs::write("/proc/self/oom_score_adj", "-1000").context(|| "protect the agent from the OOM killer")
+}
+
+/// What keeps processes of one container from each other, as a distribution's init has it: the kernel's own defaults are older than the
+/// attacks. What can be configured when the kernel is built is (`kernel-config/base.config`), as each of these is boot time.
+const SYSCTLS: [(&str, &str); 6] = [
+    // In directories like /tmp: no link, fifo or file of somebody else's is opened for who did not expect one.
+    ("fs/protected_symlinks", "1"),
+    ("fs/protected_hardlinks", "1"),
+    ("fs/protected_fifos", "1"),
+    ("fs/protected_regular", "1"),
+    // Constants in programs of the unprivileged are no instructions to jump into.
+    ("net/core/bpf_jit_harden", "1"),
+    // Addresses of the kernel's are for those with CAP_SYSLOG.
+    ("kernel/kptr_restrict", "1"),
+];
+
+fn harden() -> Result<()> {
+    for (name, value) in SYSCTLS {
+        match fs::write(format!("/proc/sys/{name}"), value) {
+            // Another kernel than ours may lack it.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            written => written.context(|| format!("set sysctl {name}"))?,
+        }
+    }
+    // No core file, no /proc/PID/exe to write to, nothing to trace: also for a child until it executes its program, in a container
+    // whose root may already see it.
+    rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable)
+        .context(|| "make the agent's memory its own")
 }
 
 /// A user namespace may mount only what its parent sees in full: sysfs must be somewhere then, once.
@@ -150,6 +179,23 @@ pub fn connect_to_host(port: u32) -> std::io::Result<OwnedFd> {
         libc::connect(socket.as_fd().as_raw_fd(), (&raw const address).cast(), size_of_val(&address) as u32)
     })?;
     Ok(socket)
+}
+
+/// Whether the other end of a connection is the host. Of a guest's own kernel a container could have a vsock that leads back into
+/// the guest; ours has no such transport, and another kernel may.
+#[cfg_attr(any(test, feature = "unix-sockets"), allow(unused_variables))]
+pub fn is_host(connection: BorrowedFd<'_>) -> bool {
+    #[cfg(any(test, feature = "unix-sockets"))]
+    return true;
+    #[cfg(not(any(test, feature = "unix-sockets")))]
+    {
+        let mut peer = vsock_address(0, 0);
+        let mut length = size_of_val(&peer) as libc::socklen_t;
+        // SAFETY: `peer` has room for the `length` bytes of an address, and both outlive the call.
+        let known =
+            unsafe { libc::getpeername(connection.as_raw_fd(), (&raw mut peer).cast(), &raw mut length) };
+        known == 0 && libc::c_int::from(peer.svm_family) == libc::AF_VSOCK && peer.svm_cid == HOST_CID
+    }
 }
 
 /// Connects to the host once. That nobody listens there is the host's business.

@@ -12,6 +12,7 @@ use bulkhead_protocol::agent::*;
 use bulkhead_protocol::client::{CallError, Client};
 use bulkhead_protocol::stream::{read_message, write_message};
 use bulkhead_protocol::wire::Code;
+use bulkhead_seccomp::{Profile, Program};
 use prost::Message;
 
 const SERVICE: &str = "bulkhead.agent.v1.Agent";
@@ -73,11 +74,21 @@ fn rootfs() -> Rootfs {
 }
 
 fn create(id: &str, spec: String, stdio: Stdio) -> Result<CreateContainerResponse, CallError> {
+    create_with(id, spec, stdio, None)
+}
+
+fn create_with(
+    id: &str,
+    spec: String,
+    stdio: Stdio,
+    seccomp: Option<Seccomp>,
+) -> Result<CreateContainerResponse, CallError> {
     let request = CreateContainerRequest {
         id: id.into(),
         spec,
         rootfs: Some(rootfs()),
         stdio: Some(stdio),
+        seccomp,
         ..CreateContainerRequest::default()
     };
     call("CreateContainer", &request)
@@ -112,7 +123,11 @@ fn text(mut socket: UnixStream) -> String {
 
 /// Runs to the end: exit and output.
 fn run_spec(id: &str, spec: String) -> (WaitProcessResponse, String) {
-    create(id, spec, OUT).unwrap();
+    run_with(id, spec, None)
+}
+
+fn run_with(id: &str, spec: String, seccomp: Option<Seccomp>) -> (WaitProcessResponse, String) {
+    create_with(id, spec, OUT, seccomp).unwrap();
     let out = stream(id, "", Kind::Stdout, "").unwrap();
     start(id);
     let output = text(out);
@@ -350,10 +365,12 @@ fn freezes_updates_and_kills() {
 #[ignore = "see tests/run-in-guest"]
 fn a_user_is_one_and_seccomp_binds() {
     let user = r#","user":{"uid":1000,"gid":1001,"additionalGids":[5,6],"umask":63}"#;
-    let profile = r#","seccomp":{"defaultAction":"SCMP_ACT_ALLOW","architectures":["SCMP_ARCH_X86_64"],
+    let profile = r#"{"defaultAction":"SCMP_ACT_ALLOW","architectures":["SCMP_ARCH_X86_64"],
         "syscalls":[{"names":["mkdir","mkdirat","nonesuch"],"action":"SCMP_ACT_ERRNO","errnoRet":38}]}"#;
+    let program = Profile::from_json(profile, &[]).and_then(|profile| Program::compile(&profile)).unwrap();
+    let filter = Seccomp { program: program.to_bytes(), flags: program.flags };
     let script = "id; umask; echo hi > /dev/stdout; mkdir /tmp/x 2>&1; grep -i -E 'seccomp:|CapEff' /proc/self/status; touch /x 2>&1";
-    let (_, output) = run_spec("user", spec(&process(&["sh", "-c", script], user), profile));
+    let (_, output) = run_with("user", spec(&process(&["sh", "-c", script], user), ""), Some(filter));
     for word in [
         "uid=1000 gid=1001",
         "groups=5,6",

@@ -19,6 +19,10 @@ pub struct Image {
     pub config: ImageConfig,
     /// Its EROFS files, lowest first.
     pub layers: Vec<PathBuf>,
+    /// Of those files, in the same order; none for a layer from before they were kept.
+    pub layer_digests: Vec<Option<Digest>>,
+    /// The digest of the manifest that brought it; none for docker archives.
+    pub manifest: Option<Digest>,
     default_user: Option<User>,
 }
 
@@ -27,10 +31,11 @@ impl Image {
         id: Digest,
         name: Option<String>,
         config: ImageConfig,
-        layers: Vec<PathBuf>,
+        (layers, layer_digests): (Vec<PathBuf>, Vec<Option<Digest>>),
         default_user: Option<User>,
+        manifest: Option<Digest>,
     ) -> Self {
-        Self { id, name, config, layers, default_user }
+        Self { id, name, config, layers, layer_digests, manifest, default_user }
     }
 
     /// The content of a regular file as a container will see it at first, symbolic links followed within the image;

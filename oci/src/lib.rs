@@ -17,6 +17,7 @@ mod hooks;
 #[doc(hidden)]
 pub mod log;
 mod pod;
+mod policy;
 #[doc(hidden)]
 pub mod sandbox;
 #[doc(hidden)]

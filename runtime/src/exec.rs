@@ -17,7 +17,7 @@ use crate::spec;
 use crate::state::{Files, Record};
 use crate::supervise::cannot_start;
 use crate::terminal::{DEFAULT_DETACH_KEYS, DetachKeys, Raw, Signals};
-use crate::{Context, Error, Layout, Result, terminal};
+use crate::{Context, Error, Layout, Result, policy, terminal};
 
 /// What a person can ask of `exec`.
 #[derive(Clone, Debug, Default)]
@@ -55,6 +55,9 @@ pub fn exec(layout: &Layout, record: &Record, image: &Image, options: &ExecOptio
         return Err(Error::Usage("-t needs a terminal on standard input: leave -t out, or add -d".into()));
     }
     let keys = DetachKeys::parse(options.detach_keys.as_deref().unwrap_or(DEFAULT_DETACH_KEYS))?;
+    if options.privileged {
+        policy::in_force()?.privileges(true, &spec::ALL_CAPABILITIES)?;
+    }
     let process = process(record, image, options)?;
     let signals = Signals::block()?;
     let guest = Guest::new(&Files::new(layout, &record.id).vsock());
@@ -123,7 +126,7 @@ fn process(record: &Record, image: &Image, options: &ExecOptions) -> Result<serd
     let capabilities =
         if options.privileged { spec::ALL_CAPABILITIES.to_vec() } else { spec::capabilities(of_container) };
     let terminal = options.tty.then(|| terminal::size().unwrap_or((24, 80)));
-    Ok(spec::process(&user, &options.command, &env, cwd, terminal, &capabilities, &of_container.ulimits))
+    Ok(spec::process(&user, &options.command, &env, cwd, terminal, &capabilities, of_container))
 }
 
 /// Until the process has ended (its status) or is detached from (`None`).

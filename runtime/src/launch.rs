@@ -3,6 +3,7 @@
 use bulkhead_image::Image;
 use rustix::event::{PollFd, PollFlags, poll};
 
+use crate::monitor::Shape;
 use crate::options::{RunOptions, parse_signal};
 use crate::relay::Ends;
 use crate::shares::{Access, Shares};
@@ -10,7 +11,10 @@ use crate::spec::{self, ProcessUser};
 use crate::state::{Files, RECORD_VERSION, Record, Reservation, Status, now_ns, private_dir, remove_files};
 use crate::supervise::{self, Ask, Plan, Tell, Wire};
 use crate::terminal::{DEFAULT_DETACH_KEYS, DetachKeys, Raw, Signals};
-use crate::{Artefacts, Error, Layout, Result, Settings, names, null, terminal};
+use crate::verify::Stamps;
+use crate::{
+    Artefacts, Error, Layout, Result, Settings, names, null, policy, seccomp, terminal, trace, verify,
+};
 
 /// How `run` ended for its caller.
 #[derive(Debug)]
@@ -55,6 +59,15 @@ pub fn run(
         return Err(Error::Usage("-t needs a terminal on standard input: leave -t out, or add -d".into()));
     }
     crate::binds::check(&options)?;
+    let policy = policy::in_force()?;
+    let mut known_as: Vec<_> = image.name.iter().cloned().collect();
+    known_as.extend(std::iter::once(image.id).chain(image.manifest).map(|digest| digest.to_string()));
+    policy.image(&known_as)?;
+    policy.wishes(&options, options.storage.unwrap_or(settings.run.storage.0))?;
+    let shape = Shape::new(options.memory, options.milli_cpus, &settings.machine);
+    policy.machine(shape.memory_mib, shape.vcpus)?;
+    Stamps::of(layout).check(&verify::layers(image))?;
+    trace::mark("image verified");
     let user = resolve_user(image, options.user.as_deref().unwrap_or(&image.config.user))?;
     if let Some(hostname) = &options.hostname {
         check_hostname(hostname)?;
@@ -120,8 +133,9 @@ fn prepare(
         cwd,
         terminal,
         &spec::capabilities(options),
-        &options.ulimits,
+        options,
     );
+    let seccomp = seccomp::filter(options)?;
     private_dir(&files.run)?;
     let (shares, shared) = share(&files, options, &artefacts.settings)?;
     let spec = spec::container(options, process, hostname, &record.id, &shared);
@@ -138,6 +152,7 @@ fn prepare(
         files,
         record,
         spec,
+        seccomp,
         ends,
         caller,
         shares,

@@ -26,8 +26,10 @@ pub mod network;
 pub mod null;
 pub mod options;
 mod paths;
+pub mod policy;
 pub mod relay;
 pub mod scratch;
+pub mod seccomp;
 pub mod settings;
 pub mod shares;
 pub mod snapshot;
@@ -38,6 +40,7 @@ pub mod supervise;
 pub mod template;
 pub mod terminal;
 pub mod trace;
+pub mod verify;
 
 pub use error::{Context, Error, Result};
 pub use paths::{Artefacts, Layout};

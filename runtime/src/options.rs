@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::binds::Bind;
 use crate::network::{NetworkWish, Port};
+pub use crate::seccomp::Seccomp;
 use crate::{Error, Result};
 
 /// The wishes of `bulkhead run`, after parsing and before the image has its say.
@@ -47,6 +48,11 @@ pub struct RunOptions {
     pub cap_add: Vec<String>,
     /// Capabilities taken from the default set.
     pub cap_drop: Vec<String>,
+    /// As docker's: every capability, every device of the guest, no filter of system calls, nothing of the guest's kernel hidden. It is the
+    /// guest that is exposed, not the host.
+    pub privileged: bool,
+    /// `--security-opt`.
+    pub security: Security,
     /// Resource limits.
     pub ulimits: Vec<Ulimit>,
     /// Kernel parameters, `name=value`.
@@ -74,6 +80,72 @@ impl RunOptions {
     #[must_use]
     pub fn covers(&self, path: &str) -> bool {
         self.binds.iter().any(|bind| Path::new(path).starts_with(&bind.target))
+    }
+}
+
+/// What `--security-opt` changes.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Security {
+    /// Which system calls it may make.
+    pub seccomp: Seccomp,
+    /// No process gains privileges by what it executes.
+    pub no_new_privileges: bool,
+    /// Nothing in `/proc` and `/sys` is masked or made read-only.
+    pub system_paths: bool,
+}
+
+/// One `--security-opt`.
+#[derive(Clone, Debug, PartialEq)]
+pub enum SecurityOption {
+    /// `seccomp=…`
+    Seccomp(Seccomp),
+    /// `no-new-privileges[:true|false]`
+    NoNewPrivileges(bool),
+    /// `systempaths=unconfined`
+    SystemPaths,
+    /// Of a security module that guests do not have: there is nothing to switch off.
+    Nothing,
+}
+
+impl SecurityOption {
+    /// Parses one. A profile's file is read now.
+    ///
+    /// # Errors
+    /// It is none of docker's, or asks for what a guest does not have.
+    pub fn parse(text: &str) -> Result<Self> {
+        let bad = |why: &str| Err(Error::Usage(format!("--security-opt {text}: {why}")));
+        let split = text.find(['=', ':']).and_then(|at| Some((text.get(..at)?, text.get(at + 1..)?)));
+        let (key, value) = split.map_or((text, None), |(key, value)| (key, Some(value)));
+        match (key, value) {
+            ("seccomp", Some(value)) => Seccomp::parse(value).map(Self::Seccomp),
+            ("no-new-privileges", None | Some("true")) => Ok(Self::NoNewPrivileges(true)),
+            ("no-new-privileges", Some("false")) => Ok(Self::NoNewPrivileges(false)),
+            ("no-new-privileges", Some(_)) => bad("write true or false"),
+            ("systempaths", Some("unconfined")) => Ok(Self::SystemPaths),
+            ("apparmor", Some("unconfined")) | ("label", Some("disable")) => Ok(Self::Nothing),
+            ("apparmor" | "label", Some(_)) => bad(
+                "the guest's kernel has no such security module; the container has a kernel of its own instead",
+            ),
+            _ => bad(
+                "there are seccomp=unconfined, seccomp=PROFILE.json, no-new-privileges and systempaths=unconfined",
+            ),
+        }
+    }
+}
+
+impl FromIterator<SecurityOption> for Security {
+    /// The last of its kind counts.
+    fn from_iter<T: IntoIterator<Item = SecurityOption>>(options: T) -> Self {
+        options.into_iter().fold(Self::default(), |mut all, option| {
+            match option {
+                SecurityOption::Seccomp(seccomp) => all.seccomp = seccomp,
+                SecurityOption::NoNewPrivileges(on) => all.no_new_privileges = on,
+                SecurityOption::SystemPaths => all.system_paths = true,
+                SecurityOption::Nothing => {}
+            }
+            all
+        })
     }
 }
 
@@ -357,11 +429,41 @@ mod tests {
         assert!(parse_capability("CAP_FLY").is_err());
     }
 
+    #[test]
+    fn security_options_are_dockers() {
+        let all = |texts: &[&str]| -> Result<Security> {
+            texts.iter().map(|text| SecurityOption::parse(text)).collect()
+        };
+        assert_eq!(all(&[]).unwrap(), Security::default());
+        let given =
+            all(&["seccomp=unconfined", "no-new-privileges", "systempaths=unconfined", "label=disable"])
+                .unwrap();
+        assert_eq!(
+            given,
+            Security { seccomp: Seccomp::Unconfined, no_new_privileges: true, system_paths: true }
+        );
+        assert!(!all(&["no-new-privileges:true", "no-new-privileges=false"]).unwrap().no_new_privileges);
+        assert_eq!(all(&["seccomp:unconfined", "seccomp=builtin"]).unwrap(), Security::default());
+        for bad in [
+            "seccomp",
+            "no-new-privileges=x",
+            "apparmor=docker-default",
+            "label=user:x",
+            "x=y",
+            "",
+            "seccomp=/no/such",
+        ] {
+            let error = all(&[bad]).unwrap_err().to_string();
+            assert!(error.contains("--security-opt"), "{bad}: {error}");
+        }
+    }
+
     proptest! {
         #[test]
         fn parsers_never_panic(text in "\\PC{0,20}") {
             let _ = (parse_size(&text), parse_cpus(&text), parse_signal(&text), parse_sysctl(&text), Ulimit::parse(&text),
                      Tmpfs::parse(&text), parse_capability(&text));
+            let _ = (SecurityOption::parse(&text), SecurityOption::parse(&format!("label={text}")));
         }
     }
 }

@@ -1,10 +1,12 @@
 //! Where things are on the host.
 
-use std::env;
 use std::path::{Path, PathBuf};
+use std::{env, fs};
 
+use crate::policy::{self, Policy};
 use crate::settings::{self, Settings};
 use crate::state::RUN_ID;
+use crate::verify::{self, Part, Stamps};
 use crate::{Error, Result};
 
 /// The path of a unix socket has at most 107 bytes (`unix(7)`), of which a sandbox's own part takes some.
@@ -89,9 +91,10 @@ impl Artefacts {
             .map_err(|source| Error::Io { what: "cannot tell where bulkhead is installed".into(), source })?;
         let bin = program.parent().unwrap_or(Path::new("/"));
         let share = bin.join("../share/bulkhead");
+        let policy = policy::in_force()?;
         // target/<triple>/<profile>/bulkhead of a checkout.
         let cache = bin.join("../../../.cache");
-        Ok(Self {
+        let found = Self {
             monitor: pick(
                 "BULKHEAD_VMM",
                 ("monitor", "programs.monitor", &settings.programs.monitor),
@@ -108,7 +111,38 @@ impl Artefacts {
                 [share.join("initramfs.cpio"), bin.join("initramfs.cpio"), cache.join("initramfs.cpio")],
             )?,
             settings: settings.clone(),
-        })
+        };
+        found.verify(&share, policy)?;
+        Ok(found)
+    }
+
+    /// They are what was installed, as far as `make install` has written that down, and what the policy allows.
+    fn verify(&self, share: &Path, policy: &Policy) -> Result<()> {
+        let stamps = Stamps::new(&self.settings);
+        let remedy = || "install Bulkhead again (`make install`)".to_owned();
+        // Beside the programs, as `sha256sum -c` finds it from the manifest's directory.
+        let monitor = share.join("../../bin/bulkhead-vmm");
+        let same = |path: &Path| fs::canonicalize(path).ok() == fs::canonicalize(&self.monitor).ok();
+        let mut parts = Vec::new();
+        for (what, path, place, name) in [
+            ("guest kernel", &self.kernel, self.kernel.parent(), "vmlinux"),
+            ("guest initramfs", &self.initramfs, self.initramfs.parent(), "initramfs.cpio"),
+            ("monitor", &self.monitor, same(&monitor).then_some(share), "../../bin/bulkhead-vmm"),
+        ] {
+            let is_it = what == "monitor" || path.file_name().is_some_and(|file| file == name);
+            let Some(place) = place.filter(|_| is_it) else { continue };
+            if let Some(digest) = verify::in_manifest(place, name)? {
+                parts.push(Part { what, path: path.clone(), digest, remedy: remedy() });
+            }
+        }
+        stamps.check(&parts)?;
+        if policy.lists_kernels() {
+            for path in [&self.kernel, &self.initramfs] {
+                let known = parts.iter().find(|part| part.path == *path).map(|part| Ok(part.digest));
+                policy.kernel(path, &known.unwrap_or_else(|| verify::digest(path))?.to_string())?;
+            }
+        }
+        Ok(())
     }
 }
 

@@ -7,7 +7,7 @@ use crate::options::RunOptions;
 use crate::{Error, Result};
 
 /// What docker leaves a container's root: enough for ordinary programs, not for touching the kernel.
-const DEFAULT_CAPABILITIES: [&str; 14] = [
+pub(crate) const DEFAULT_CAPABILITIES: [&str; 14] = [
     "CAP_AUDIT_WRITE",
     "CAP_CHOWN",
     "CAP_DAC_OVERRIDE",
@@ -99,6 +99,11 @@ const DEVICES: [(&str, i64, i64); 8] = [
     ("c", 136, -1),
 ];
 
+/// What a privileged container finds in `/dev` besides, of those devices that every guest has: for containers, tunnels, file systems and images
+/// within it.
+const NODES: [(&str, i64, i64); 4] =
+    [("/dev/fuse", 10, 229), ("/dev/kmsg", 1, 11), ("/dev/loop-control", 10, 237), ("/dev/net/tun", 10, 200)];
+
 /// The command line: the image's entrypoint and command under the person's wishes, as docker combines them.
 ///
 /// # Errors
@@ -125,8 +130,11 @@ pub(crate) fn command(options: &RunOptions, image: &Image) -> Result<Vec<String>
     Ok(command)
 }
 
-/// Capabilities after `--cap-add` and `--cap-drop`, which win in that order, `ALL` first.
+/// Capabilities after `--cap-add` and `--cap-drop`, which win in that order, `ALL` first; of a privileged one all.
 pub(crate) fn capabilities(options: &RunOptions) -> Vec<&'static str> {
+    if options.privileged {
+        return ALL_CAPABILITIES.to_vec();
+    }
     let has = |list: &[String], name: &str| list.iter().any(|entry| entry == name);
     ALL_CAPABILITIES
         .into_iter()
@@ -190,9 +198,10 @@ pub(crate) fn process(
     cwd: &str,
     terminal: Option<(u16, u16)>,
     capabilities: &[&str],
-    ulimits: &[crate::options::Ulimit],
+    options: &RunOptions,
 ) -> Value {
-    let rlimits: Vec<_> = ulimits
+    let rlimits: Vec<_> = options
+        .ulimits
         .iter()
         .map(|limit| json!({"type": limit.name, "soft": limit.soft, "hard": limit.hard}))
         .collect();
@@ -208,7 +217,7 @@ pub(crate) fn process(
             "bounding": capabilities, "effective": held, "permitted": held, "inheritable": [], "ambient": [],
         },
         "rlimits": rlimits,
-        "noNewPrivileges": false,
+        "noNewPrivileges": options.security.no_new_privileges,
         "oomScoreAdj": 0,
     });
     if let (Some((rows, columns)), Some(fields)) = (terminal, process.as_object_mut()) {
@@ -225,21 +234,7 @@ pub(crate) fn container(
     id: &str,
     shared: &[String],
 ) -> Value {
-    let devices: Vec<_> = [
-        json!({"allow": false, "access": "rwm"}),
-        json!({"allow": true, "type": "c", "access": "m"}),
-        json!({"allow": true, "type": "b", "access": "m"}),
-    ]
-    .into_iter()
-    .chain(DEVICES.iter().map(|&(kind, major, minor)| {
-        let mut rule = json!({"allow": true, "type": kind, "major": major, "access": "rwm"});
-        if let (true, Some(fields)) = (minor >= 0, rule.as_object_mut()) {
-            fields.insert("minor".into(), json!(minor));
-        }
-        rule
-    }))
-    .collect();
-    let mut resources = json!({"devices": devices});
+    let mut resources = json!({"devices": device_rules(options.privileged)});
     if let Some(fields) = resources.as_object_mut() {
         if let Some(limit) = options.memory {
             fields.insert("memory".into(), json!({"limit": limit, "swap": limit}));
@@ -253,6 +248,13 @@ pub(crate) fn container(
     }
     let sysctl: serde_json::Map<_, _> =
         options.sysctls.iter().map(|(name, value)| (name.clone(), json!(value))).collect();
+    let shown = options.privileged || options.security.system_paths;
+    let (masked, read_only): (&[&str], &[&str]) = if shown { (&[], &[]) } else { (&MASKED, &READ_ONLY) };
+    let nodes: &[(&str, i64, i64)] = if options.privileged { &NODES } else { &[] };
+    let nodes: Vec<_> = nodes
+        .iter()
+        .map(|(path, major, minor)| json!({"type": "c", "path": path, "major": major, "minor": minor, "fileMode": 0o600}))
+        .collect();
     json!({
         "ociVersion": "1.2.0",
         "process": process,
@@ -265,16 +267,33 @@ pub(crate) fn container(
                 {"type": "pid"}, {"type": "mount"}, {"type": "ipc"}, {"type": "uts"}, {"type": "cgroup"},
             ],
             "cgroupsPath": format!("/{id}"),
+            "devices": nodes,
             "resources": resources,
             "sysctl": sysctl,
-            "maskedPaths": MASKED,
-            "readonlyPaths": READ_ONLY,
+            "maskedPaths": masked,
+            "readonlyPaths": read_only,
         },
     })
 }
 
+fn device_rules(privileged: bool) -> Vec<Value> {
+    if privileged {
+        return vec![json!({"allow": true, "access": "rwm"})];
+    }
+    let known = DEVICES.iter().map(|&(kind, major, minor)| {
+        let mut rule = json!({"allow": true, "type": kind, "major": major, "access": "rwm"});
+        if let (true, Some(fields)) = (minor >= 0, rule.as_object_mut()) {
+            fields.insert("minor".into(), json!(minor));
+        }
+        rule
+    });
+    let nodes = ["c", "b"].map(|kind| json!({"allow": true, "type": kind, "access": "m"}));
+    std::iter::once(json!({"allow": false, "access": "rwm"})).chain(nodes).chain(known).collect()
+}
+
 fn mounts(options: &RunOptions, shared: &[String]) -> Vec<Value> {
     let mount = |target: &str, kind: &str, options: &[&str]| json!({"destination": target, "type": kind, "source": kind, "options": options});
+    let access = if options.privileged { "rw" } else { "ro" };
     let mut mounts = vec![
         mount("/proc", "proc", &["nosuid", "noexec", "nodev"]),
         mount("/dev", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
@@ -283,8 +302,8 @@ fn mounts(options: &RunOptions, shared: &[String]) -> Vec<Value> {
             "devpts",
             &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
         ),
-        mount("/sys", "sysfs", &["nosuid", "noexec", "nodev", "ro"]),
-        mount("/sys/fs/cgroup", "cgroup", &["nosuid", "noexec", "nodev", "relatime", "ro"]),
+        mount("/sys", "sysfs", &["nosuid", "noexec", "nodev", access]),
+        mount("/sys/fs/cgroup", "cgroup", &["nosuid", "noexec", "nodev", "relatime", access]),
         mount("/dev/mqueue", "mqueue", &["nosuid", "noexec", "nodev"]),
         mount("/dev/shm", "tmpfs", &["nosuid", "noexec", "nodev", "mode=1777", "size=67108864"]),
     ];
@@ -335,7 +354,7 @@ mod tests {
             "/",
             Some((24, 80)),
             &capabilities(&options),
-            &options.ulimits,
+            &options,
         );
         let spec = container(&options, process, "host", "id", &[]);
         let parsed: oci_spec::runtime::Spec = serde_json::from_value(spec).unwrap();

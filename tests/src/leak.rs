@@ -12,6 +12,7 @@ fn is_kept(path: &Path) -> bool {
     let exactly = ["/run/bulkhead/kvm-works", "/var/lib/bulkhead/containers", "/var/lib/bulkhead/names"];
     exactly.iter().any(|kept| path == Path::new(kept))
         || path.starts_with("/var/lib/bulkhead/scratch")
+        || path.starts_with("/run/bulkhead/verified")
         || path.strip_prefix("/var/lib/bulkhead/templates").is_ok_and(is_template)
 }
 

@@ -137,9 +137,11 @@ impl Layout {
 pub fn load_images(prefix: &str) -> String {
     let share = format!("{prefix}/share/bulkhead-tests");
     let images = LOADED.join(" ");
+    // What is installed and loaded is read once here, and not again in every test.
+    let verified = format!("{prefix}/bin/bulkhead image verify; {prefix}/bin/bulkhead doctor");
     format!(
         "mkdir -p {share}/loaded; for image in {images}; do \
          {{ timeout 300 {prefix}/bin/bulkhead image load {share}/images/$image.tar; echo status $?; }} \
-         >{share}/loaded/$image 2>&1; done"
+         >{share}/loaded/$image 2>&1; done; {{ {verified}; }} >{share}/loaded/verified 2>&1; true"
     )
 }

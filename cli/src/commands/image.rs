@@ -1,10 +1,11 @@
 //! `bulkhead image …`.
 
 use bulkhead_image::{Digest, LoadOptions, Progress, PruneScope, PullOptions, Source, progress};
+use bulkhead_runtime::verify::{self, Stamps};
 use bulkhead_runtime::{Error, Layout, Result, state};
 
 use super::store;
-use crate::args::{ImageLsArgs, ImageRmArgs, ImagesArgs, LoadArgs, PruneArgs, PullArgs, TagArgs};
+use crate::args::{ImageLsArgs, ImageRmArgs, ImagesArgs, LoadArgs, PruneArgs, PullArgs, TagArgs, VerifyArgs};
 use crate::failure::{Failure, Outcome, each};
 use crate::table::{self, Format};
 
@@ -87,6 +88,26 @@ pub fn inspect(layout: &Layout, args: &ImagesArgs) -> Outcome {
     })?;
     table::print_json(&found)?;
     Ok(status)
+}
+
+pub fn verify(layout: &Layout, args: &VerifyArgs) -> Outcome {
+    let store = store(layout)?;
+    let all =
+        || -> Result<Vec<String>> { Ok(store.list()?.iter().map(|image| image.id.to_string()).collect()) };
+    let images = if args.images.is_empty() { all()? } else { args.images.clone() };
+    each(&images, |name| {
+        let image = store.resolve(name)?;
+        let parts = verify::layers(&image);
+        Stamps::of(layout).check_again(&parts)?;
+        let unknown = image.layers.len() - parts.len();
+        let names = store.inspect(name)?.summary.names;
+        let shown = names.first().cloned().unwrap_or_else(|| image.id.to_string());
+        let known = format!("{shown}: {} layers are good", parts.len());
+        if unknown == 0 {
+            return table::print(&format!("{known}\n"));
+        }
+        table::print(&format!("{known}, of {unknown} no digest is known: load or pull the image again\n"))
+    })
 }
 
 /// Whether a container, running or not, was made from an image.

@@ -42,6 +42,8 @@ pub fn run(layout: &Layout, settings: &Settings, args: RunArgs) -> Outcome {
         hostname: args.hostname,
         cap_add: args.cap_add,
         cap_drop: args.cap_drop,
+        privileged: args.privileged,
+        security: args.security_opt.into_iter().collect(),
         ulimits: args.ulimit,
         sysctls: args.sysctl,
         storage: args.storage,

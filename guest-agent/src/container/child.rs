@@ -46,7 +46,7 @@ pub struct Common<'a> {
     pub stdio: Stdio,
     /// What to run, as whom.
     pub process: &'a Process,
-    /// Compiled `linux.seccomp`.
+    /// Which system calls it may make.
     pub seccomp: Option<&'a Filter>,
     /// Compiled `process.capabilities`.
     pub capabilities: Sets,

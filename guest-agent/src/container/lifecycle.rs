@@ -53,7 +53,7 @@ impl Agent {
             process.pause = request.pause;
         }
         let mut namespaces = Namespaces::from_spec(&spec.linux, |id| self.init_of(id))?;
-        let seccomp = spec.linux.seccomp.as_ref().map(Filter::compile).transpose()?;
+        let seccomp = request.seccomp.as_ref().map(Filter::from_message).transpose()?;
         shared::take(&mut spec.mounts)?;
         request.disks.iter().try_for_each(|disk| crate::disk::wait_for_size(&disk.source, disk.bytes))?;
         disks::renumber(&mut spec)?;

@@ -120,7 +120,7 @@ pub struct Linux {
     pub devices: Vec<Device>,
     pub resources: Resources,
     pub rootfs_propagation: String,
-    pub seccomp: Option<Seccomp>,
+    pub seccomp: Option<Value>,
     pub sysctl: BTreeMap<String, String>,
     pub masked_paths: Vec<String>,
     pub readonly_paths: Vec<String>,
@@ -265,38 +265,6 @@ pub struct HugepageLimit {
     pub limit: u64,
 }
 
-/// `linux.seccomp`.
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
-pub struct Seccomp {
-    pub default_action: String,
-    pub default_errno_ret: Option<u32>,
-    pub architectures: Vec<String>,
-    pub flags: Vec<String>,
-    pub listener_path: String,
-    pub syscalls: Vec<SeccompSyscalls>,
-}
-
-/// One of `linux.seccomp.syscalls`.
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
-pub struct SeccompSyscalls {
-    pub names: Vec<String>,
-    pub action: String,
-    pub errno_ret: Option<u32>,
-    pub args: Vec<SeccompArgument>,
-}
-
-/// One condition of `linux.seccomp.syscalls[].args`; all of an entry must hold.
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
-pub struct SeccompArgument {
-    pub index: u32,
-    pub value: u64,
-    pub value_two: u64,
-    pub op: String,
-}
-
 /// Hooks that runtimes run on the host, in its namespaces: not ours to run.
 const HOST_HOOKS: [&str; 4] = ["prestart", "createRuntime", "poststart", "poststop"];
 
@@ -320,6 +288,7 @@ impl Spec {
         refuse(!linux.mount_label.is_empty(), "linux.mountLabel: the guest kernel has no SELinux")?;
         refuse(linux.intel_rdt.is_some(), "linux.intelRdt: the guest has no resctrl")?;
         refuse(linux.personality.is_some(), "linux.personality")?;
+        refuse(linux.seccomp.is_some(), "linux.seccomp: the host compiles it")?;
         refuse(!linux.time_offsets.is_empty(), "linux.timeOffsets")?;
         refuse(linux.resources.network.is_some(), "linux.resources.network: cgroup v2 has no net_cls")?;
         refuse(!linux.resources.rdma.is_empty(), "linux.resources.rdma")?;

@@ -46,9 +46,12 @@ pub(crate) fn add_layer(
         progress.note(&format!("layer {}: {note}", diff_id.short()));
     }
     let path = store.layer_path(&diff_id);
+    // What was written a moment ago is still in memory.
+    let content = Digest::of_file(temp.file()).map_err(|error| Error::io("read", &path)(error))?;
+    store.write_content(&diff_id, &content)?;
     let published = temp.publish(&path);
     published.map_err(|error| store.write_error(&format!("layer {diff_id}"), size, error))?;
-    Ok(LayerRecord { diff_id, size })
+    Ok(LayerRecord { diff_id, size, content: Some(content) })
 }
 
 fn convert(

@@ -40,6 +40,7 @@ impl Store {
             diff_id: layer.diff_id,
             size: layer.size,
             path: self.layer_path(&layer.diff_id),
+            digest: layer.content,
         });
         Ok(ImageDetail {
             summary,
@@ -157,6 +158,7 @@ impl Store {
             if let Some(diff_id) = digest_of_file(&path, ".erofs").filter(|diff_id| !needed.contains(diff_id))
             {
                 freed = freed.saturating_add(remove(&path)?);
+                remove(&self.content_path(&diff_id))?;
                 layers.push(diff_id);
             }
         }

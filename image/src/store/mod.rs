@@ -7,6 +7,7 @@
 //! ROOT/images/<id>.json              everything `run` needs to know: defaults and layers
 //! ROOT/blobs/sha256/<digest>         configuration and manifest, byte for byte as they came
 //! ROOT/layers/sha256/<diff id>.erofs
+//! ROOT/layers/sha256/<diff id>.digest the digest of that file, written down before it had its name
 //! ROOT/tmp/                          files being written, where they cannot be without a name
 //! ```
 //!
@@ -85,6 +86,8 @@ pub struct LayerDetail {
     pub size: u64,
     /// The EROFS file.
     pub path: PathBuf,
+    /// Of the EROFS file; absent for layers from before it was kept.
+    pub digest: Option<Digest>,
 }
 
 /// What a removal did.

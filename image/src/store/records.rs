@@ -36,6 +36,9 @@ pub(crate) struct Record {
 pub(crate) struct LayerRecord {
     pub(crate) diff_id: Digest,
     pub(crate) size: u64,
+    /// Of the EROFS file, as it was when it was written. Absent in stores from before it was kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) content: Option<Digest>,
 }
 
 impl Record {
@@ -57,7 +60,8 @@ impl Record {
 
     pub(crate) fn into_image(self, store: &Store, name: Option<String>) -> Image {
         let layers = self.layers.iter().map(|layer| store.layer_path(&layer.diff_id)).collect();
-        Image::new(self.id, name, self.config, layers, self.user)
+        let digests = self.layers.iter().map(|layer| layer.content).collect();
+        Image::new(self.id, name, self.config, (layers, digests), self.user, self.manifest)
     }
 
     pub(crate) fn size(&self) -> u64 {
@@ -74,10 +78,31 @@ impl Store {
     pub(crate) fn existing_layer(&self, diff_id: &Digest) -> Result<Option<LayerRecord>> {
         let path = self.layer_path(diff_id);
         match fs::metadata(&path) {
-            Ok(metadata) => Ok(Some(LayerRecord { diff_id: *diff_id, size: metadata.len() })),
+            Ok(metadata) => {
+                let content = self.content_of(diff_id)?;
+                Ok(Some(LayerRecord { diff_id: *diff_id, size: metadata.len(), content }))
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(Error::io("look at", &path)(error)),
         }
+    }
+
+    /// Where the digest of a layer's file is: it was written before the file had its name.
+    pub(crate) fn content_path(&self, diff_id: &Digest) -> PathBuf {
+        self.root.join(format!("layers/sha256/{}.digest", diff_id.hex()))
+    }
+
+    fn content_of(&self, diff_id: &Digest) -> Result<Option<Digest>> {
+        let path = self.content_path(diff_id);
+        let Some(bytes) = read_small(&path)? else { return Ok(None) };
+        let why = || "not a digest".to_owned();
+        let digest = String::from_utf8_lossy(&bytes).trim_end().parse();
+        digest.map(Some).map_err(|_| Error::DamagedStore { path: path.clone(), why: why() })
+    }
+
+    /// Writes down the digest of a layer's file.
+    pub(crate) fn write_content(&self, diff_id: &Digest, content: &Digest) -> Result<()> {
+        self.write_small(&self.content_path(diff_id), format!("{content}\n").as_bytes())
     }
 
     pub(super) fn record_path(&self, id: &Digest) -> PathBuf {

@@ -14,7 +14,7 @@ use std::io::Read;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
-use bulkhead_protocol::agent::Rootfs;
+use bulkhead_protocol::agent::{self, Rootfs};
 use bulkhead_runtime::monitor::DiskConfig;
 use bulkhead_runtime::network::{NamespaceRef, names};
 use bulkhead_runtime::shares::Access;
@@ -66,6 +66,10 @@ pub struct Bundle {
     pub cgroups_path: String,
     /// What `vm` asks for.
     pub vm: Vm,
+    /// It may use any device.
+    pub privileged: bool,
+    /// `linux.seccomp`, compiled.
+    pub seccomp: Option<agent::Seccomp>,
     /// `linux.resources`, for the host's cgroup.
     pub resources: Value,
     spec: Value,
@@ -121,6 +125,7 @@ impl Bundle {
                 .context(|| format!("{}: annotations", path.display()))?;
         let vm = Vm::read(&spec, &annotations).map_err(in_file)?;
         let (network, joined) = take_namespaces(&mut spec).map_err(in_file)?;
+        let privileged = take::is_privileged(&spec);
         take_devices(&mut spec, log).map_err(in_file)?;
         let volumes = volume::find(&spec).map_err(in_file)?;
         drop_labels(&mut spec, log);
@@ -134,6 +139,7 @@ impl Bundle {
         check::of_host(&spec).map_err(in_file)?;
         let cgroups_path = text(&spec, "/linux/cgroupsPath").to_owned();
         let resources = take_resources(&mut spec);
+        let seccomp = bulkhead_runtime::seccomp::take(&mut spec).map_err(in_file)?;
         let terminal = process.get("terminal").and_then(Value::as_bool).unwrap_or(false);
         let hostname = text(&spec, "/hostname").to_owned();
         Ok(Self {
@@ -150,6 +156,8 @@ impl Bundle {
             hostname,
             cgroups_path,
             vm,
+            privileged,
+            seccomp,
             resources,
             spec,
             binds,

@@ -53,14 +53,19 @@ pub(super) fn take_namespaces(spec: &mut Value) -> Result<(Wanted, Vec<Joined>),
     Ok((network, joined))
 }
 
+/// Whether the container may use any device.
+pub(super) fn is_privileged(spec: &Value) -> bool {
+    let rules = spec.pointer("/linux/resources/devices").and_then(Value::as_array).into_iter().flatten();
+    rules.filter(|rule| rule.get("allow") == Some(&json!(true))).any(|rule| {
+        let wild = |key: &str| rule.get(key).is_none_or(|number| number.is_null() || *number == json!(-1));
+        matches!(text(rule, "/type"), "" | "a") && wild("major") && wild("minor")
+    })
+}
+
 /// A device of the host's is refused, if it is no disk ([`super::volume`]), unless the container may use any device: then it is privileged, and its engine
 /// has listed all that the host has. Such a container gets the devices of its guest, which are all its own.
 pub(super) fn take_devices(spec: &mut Value, log: &Log) -> Result<(), String> {
-    let rules = spec.pointer("/linux/resources/devices").and_then(Value::as_array).into_iter().flatten();
-    let privileged = rules.filter(|rule| rule.get("allow") == Some(&json!(true))).any(|rule| {
-        let wild = |key: &str| rule.get(key).is_none_or(|number| number.is_null() || *number == json!(-1));
-        matches!(text(rule, "/type"), "" | "a") && wild("major") && wild("minor")
-    });
+    let privileged = is_privileged(spec);
     let Some(devices) = spec.pointer_mut("/linux/devices").and_then(Value::as_array_mut) else {
         return Ok(());
     };

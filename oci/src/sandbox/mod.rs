@@ -228,6 +228,7 @@ impl Sandbox {
             files: Vec::new(),
             disks: container.drives.iter().map(Drive::to_message).collect::<Result<_>>()?,
             pause: bundle.vm.pause,
+            seccomp: bundle.seccomp.clone(),
         };
         let _: CreateContainerResponse = agent.call("CreateContainer", &request).map_err(refused)?;
         trace::mark("container created");

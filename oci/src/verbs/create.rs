@@ -15,7 +15,7 @@ use crate::cgroup::Cgroup;
 use crate::config::{Bundle, Root};
 use crate::sandbox::{self, GoOn, Plan, Says};
 use crate::store::{Container, Hooks, Status};
-use crate::{Context, hooks, pod};
+use crate::{Context, hooks, pod, policy};
 
 /// Makes a container whose process waits for `start`. Answers the pid of its sandbox.
 ///
@@ -46,6 +46,7 @@ fn make(context: &Context, wish: &Create, detach: bool) -> Result<i32> {
         }
     };
     let (pod, partners) = shared.map_or_else(Default::default, |shared| (Some(shared.pod), shared.partners));
+    policy::check(&bundle, &artefacts, pod.is_some())?;
     if pod.is_some() {
         bundle.warn_of_what_the_pod_decides(&context.log, machine_mib);
     }

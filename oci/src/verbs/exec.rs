@@ -44,6 +44,9 @@ fn try_exec(context: &Context, wish: &Exec) -> Result<u8> {
     }
     let container = in_state(context, &wish.id, &states, "exec in")?;
     let process = process(wish, &container)?;
+    if process.get("capabilities") != container.process.get("capabilities") {
+        crate::policy::check_process(&process)?;
+    }
     let terminal = process.get("terminal").and_then(Value::as_bool).unwrap_or(false);
     super::check_terminal(terminal, wish.detach, wish.console_socket.is_some())?;
     if !wish.detach {

@@ -19,7 +19,7 @@ use crate::{Error, Result};
 /// Names another file. Empty: none is read.
 pub const VARIABLE: &str = "BULKHEAD_CONFIG";
 /// `make install SYSCONFDIR=…` builds with another.
-const DIRECTORY: &str = match option_env!("BULKHEAD_SYSCONFDIR") {
+pub(crate) const DIRECTORY: &str = match option_env!("BULKHEAD_SYSCONFDIR") {
     Some(directory) => directory,
     None => "/etc",
 };
@@ -289,6 +289,24 @@ impl Settings {
             }
         })
     }
+}
+
+/// The error begins with the line's number.
+pub(crate) fn parse_toml<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
+    toml::from_str(text).map_err(|error| {
+        let at = error.span().map_or(0, |span| span.start);
+        let before = text.get(..at).unwrap_or_default();
+        let line =
+            text.lines().nth(before.lines().count().saturating_sub(usize::from(!before.ends_with('\n'))));
+        let number = before.matches('\n').count() + 1;
+        let line = line.unwrap_or_default().trim();
+        let message = error.message().trim().replace('\n', " ");
+        if line.is_empty() {
+            format!("{number}: {message}")
+        } else {
+            format!("{number}: `{line}`: {message}")
+        }
+    })
 }
 
 fn text_of(path: &Path) -> io::Result<String> {

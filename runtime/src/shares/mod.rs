@@ -32,7 +32,7 @@ pub use more::{Living, More};
 pub use virtiofsd::{Lifetime, Server, find};
 
 use crate::settings::Jail;
-use crate::{Context, Error, Result, Settings, jail};
+use crate::{Context, Error, Result, Settings, jail, policy};
 
 /// Tag of the virtio-fs device; the agent is told to mount it.
 pub const TAG: &str = "host";
@@ -96,7 +96,9 @@ impl Shares {
         }
         let what = || format!("cannot share {}", path.display());
         let name = self.shared.len().to_string();
-        let tree = mount::take(path, access == Access::ReadOnly).context(what)?;
+        let (found, place) = mount::find(path).context(what)?;
+        policy::in_force()?.host_path(&place, access)?;
+        let tree = mount::take(&found, access == Access::ReadOnly).context(what)?;
         mount::point(&self.staging, &name, &tree).context(what)?;
         let guest = in_guest(&name);
         let name = CString::new(name).map_err(std::io::Error::other).context(what)?;

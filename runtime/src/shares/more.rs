@@ -14,7 +14,7 @@ use rustix::mount::UnmountFlags;
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space};
 
 use super::{Access, MAX_SHARES, Shared, in_guest, mount};
-use crate::{Context, Error, Result};
+use crate::{Context, Error, Result, policy};
 
 /// A virtiofsd that runs.
 #[derive(Debug)]
@@ -100,7 +100,9 @@ impl More {
         }
         let what = || format!("cannot share {}", path.display());
         let name = format!("{}-{}", self.prefix, self.shared.len());
-        let tree = mount::take(path, access == Access::ReadOnly).context(what)?;
+        let (found, place) = mount::find(path).context(what)?;
+        policy::in_force()?.host_path(&place, access)?;
+        let tree = mount::take(&found, access == Access::ReadOnly).context(what)?;
         let guest = in_guest(&name);
         let name = CString::new(name).map_err(io::Error::other).context(what)?;
         self.shared.push(Shared { tree, name });

@@ -3,7 +3,7 @@
 use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, FileType, Mode, OFlags};
 use rustix::mount::{
@@ -37,11 +37,20 @@ pub(super) fn staging(points: usize) -> rustix::io::Result<OwnedFd> {
     fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, flags)
 }
 
-/// A detached copy of what is mounted at and below `path`.
-pub(super) fn take(path: &Path, read_only: bool) -> io::Result<OwnedFd> {
-    let flags =
-        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_RECURSIVE;
-    let tree = open_tree(CWD, path, flags)?;
+/// What is at `path`, links followed, and where that is. Nobody can make another thing of it any more.
+pub(super) fn find(path: &Path) -> io::Result<(OwnedFd, PathBuf)> {
+    let found = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+    let place = std::fs::read_link(format!("/proc/self/fd/{}", found.as_raw_fd()))?;
+    Ok((found, place))
+}
+
+/// A detached copy of what is mounted at and below what was found.
+pub(super) fn take(found: &OwnedFd, read_only: bool) -> io::Result<OwnedFd> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_RECURSIVE
+        | OpenTreeFlags::AT_EMPTY_PATH;
+    let tree = open_tree(found, "", flags)?;
     // What is mounted or unmounted on the host later is none of the sandbox's business, nor the other way round.
     let attributes = Attributes {
         set: if read_only { READ_ONLY } else { 0 },

@@ -105,6 +105,7 @@ pub fn restore(
             hostname: saved.hostname.clone(),
             files: files.clone(),
             spec: serde_json::Value::Null,
+            seccomp: None,
             ends,
             caller,
             shares,

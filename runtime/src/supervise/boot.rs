@@ -115,7 +115,7 @@ impl Supervisor {
     }
 
     pub(super) fn start_container(&mut self, agent: &mut Agent) -> Result<Relay> {
-        let Plan { record, layers, spec, files, ends, hostname, artefacts, .. } = &mut self.plan;
+        let Plan { record, layers, spec, seccomp, files, ends, hostname, artefacts, .. } = &mut self.plan;
         let options = &record.options;
         let storage = options.storage.unwrap_or(artefacts.settings.run.storage.0);
         let writable = if storage > 0 {
@@ -144,6 +144,7 @@ impl Supervisor {
                 .collect(),
             pause: false,
             disks: Vec::new(),
+            seccomp: seccomp.take(),
         };
         let _: CreateContainerResponse = agent.call("CreateContainer", &request).map_err(cannot_start)?;
         trace::mark("container created");

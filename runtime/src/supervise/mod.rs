@@ -15,7 +15,8 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use bulkhead_protocol::agent::{
-    Empty, ProcessRequest, ResizeTerminalRequest, ShutdownRequest, SignalProcessRequest, WaitProcessResponse,
+    self, Empty, ProcessRequest, ResizeTerminalRequest, ShutdownRequest, SignalProcessRequest,
+    WaitProcessResponse,
 };
 use bulkhead_protocol::client::CallError;
 use bulkhead_protocol::wire::Code;
@@ -106,6 +107,7 @@ pub(crate) struct Plan {
     pub layers: Vec<PathBuf>,
     pub hostname: String,
     pub spec: Value,
+    pub seccomp: Option<agent::Seccomp>,
     pub ends: Ends,
     pub caller: Wire,
     /// What of the host the container is to see.

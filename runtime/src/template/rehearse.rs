@@ -18,7 +18,7 @@ use crate::guest::Guest;
 use crate::options::RunOptions;
 use crate::spec::{self, ProcessUser};
 use crate::state::Files;
-use crate::{Context, Result};
+use crate::{Context, Result, seccomp};
 
 /// How long the agent may take for one step.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -29,12 +29,11 @@ const SETTLED: Duration = Duration::from_millis(100);
 const ID: &str = "rehearsal";
 
 /// What `bulkhead run` would ask for with an image of nothing.
-fn wish() -> Value {
-    let options = RunOptions::default();
+fn wish(options: &RunOptions) -> Value {
     let root = ProcessUser { uid: 0, gid: 0, additional_gids: Vec::new(), home: "/".into() };
     let command = ["true".to_owned()];
-    let process = spec::process(&root, &command, &[], "/", None, &spec::capabilities(&options), &[]);
-    spec::container(&options, process, ID, ID, &[])
+    let process = spec::process(&root, &command, &[], "/", None, &spec::capabilities(options), options);
+    spec::container(options, process, ID, ID, &[])
 }
 
 /// Lets the agent of the guest in `files` have its rehearsal.
@@ -46,9 +45,11 @@ pub(super) fn rehearse(files: &Files) -> Result<()> {
     let mut agent = Guest::new(&files.vsock()).agent()?;
     agent.stream().set_read_timeout(Some(PATIENCE)).context(what)?;
     let tmpfs = || Filesystem { fstype: "tmpfs".into(), source: "tmpfs".into(), options: Vec::new() };
+    let options = RunOptions::default();
     let create = CreateContainerRequest {
         id: ID.into(),
-        spec: wish().to_string(),
+        spec: wish(&options).to_string(),
+        seccomp: seccomp::filter(&options)?,
         rootfs: Some(Rootfs { layers: vec![tmpfs()], writable: Some(tmpfs()), ..Rootfs::default() }),
         stdio: None,
         files: Vec::new(),
