@@ -228,6 +228,9 @@ pub struct RestoreArgs {
     /// Let these ports of the host lead to the container, instead of those of the saved one.
     #[arg(short, long, value_name = "[IP:]HOST:CONTAINER[/udp]", value_parser = Port::parse)]
     pub publish: Vec<Port>,
+    /// Network namespace to be in, of a container that was in one; without it the same.
+    #[arg(long, value_name = "ns:PATH", value_parser = NetworkWish::parse)]
+    pub network: Option<NetworkWish>,
     /// Keys that leave a terminal with the container running [default: ctrl-p,ctrl-q].
     #[arg(long, value_name = "KEYS")]
     pub detach_keys: Option<String>,

@@ -8,7 +8,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use bulkhead_netlink::link::Change;
 use bulkhead_netlink::{Address, Link, Mac, Neighbour, Route, Socket};
-use bulkhead_protocol::agent::{Network, NetworkInterface};
+use bulkhead_protocol::agent::{Network, NetworkAddress, NetworkInterface, NetworkNeighbour};
 
 use crate::container::namespaces::loopback_up;
 use crate::error::{Context, Error, Result};
@@ -24,7 +24,7 @@ pub fn configure(network: &Network) -> Result<()> {
         return Ok(());
     }
     let mut socket = Socket::open().context(|| "open a netlink socket")?;
-    let indices = rename(&mut socket, &network.interfaces)?;
+    let indices = rename(&mut socket, &network.interfaces, &network.interfaces)?;
     for (interface, (index, mac)) in network.interfaces.iter().zip(indices) {
         set_up(&mut socket, interface, index, mac)
             .context(|| format!("configure network interface {}", interface.name))?;
@@ -32,11 +32,73 @@ pub fn configure(network: &Network) -> Result<()> {
     Ok(())
 }
 
-/// Finds each interface and gives it its name; tells their numbers, and the addresses they have.
-fn rename(socket: &mut Socket, interfaces: &[NetworkInterface]) -> Result<Vec<(u32, Option<Mac>)>> {
+/// Has the interfaces of a guest that went on from a snapshot become those of `network`, where they are other than before. An interface
+/// that is the same keeps what the container has changed of it, and its connections; who is behind its neighbours' addresses is
+/// asked anew everywhere.
+///
+/// # Errors
+/// `INVALID_ARGUMENT` when there are more or fewer than before, and as [`configure`].
+pub fn change(formerly: &Network, network: &Network) -> Result<()> {
+    let (before, now) = (&formerly.interfaces, &network.interfaces);
+    if before.len() != now.len() {
+        return Err(Error::invalid(format!(
+            "the guest has {} network interfaces, {} cannot be made of them",
+            before.len(),
+            now.len()
+        )));
+    }
+    let mut socket = Socket::open().context(|| "open a netlink socket")?;
+    let indices = rename(&mut socket, now, before)?;
+    for ((before, now), (link, mac)) in before.iter().zip(now).zip(indices) {
+        forget_neighbours(&mut socket, link);
+        let changed = if before == now {
+            routes(now, link).map(|routes| announce(&mut socket, now, &routes))
+        } else {
+            take_down(&mut socket, before, now, link).and_then(|()| set_up(&mut socket, now, link, mac))
+        };
+        changed.context(|| format!("change network interface {} to {}", before.name, now.name))?;
+    }
+    Ok(())
+}
+
+/// Another one may have the address now.
+fn forget_neighbours(socket: &mut Socket, link: u32) {
+    for neighbour in socket.neighbours().unwrap_or_default() {
+        if neighbour.link == link && !neighbour.is_permanent() {
+            let _ = socket.delete_neighbour(&neighbour);
+        }
+    }
+}
+
+/// Removes what an interface was given before and is not to have now. What the container has removed already is no error.
+fn take_down(
+    socket: &mut Socket,
+    before: &NetworkInterface,
+    now: &NetworkInterface,
+    link: u32,
+) -> Result<()> {
+    let wanted = routes(now, link)?;
+    for route in routes(before, link)?.iter().filter(|route| !wanted.contains(route)) {
+        let _ = socket.delete_route(route);
+    }
+    for neighbour in before.neighbours.iter().filter(|neighbour| !now.neighbours.contains(neighbour)) {
+        let _ = socket.delete_neighbour(&self::neighbour(neighbour, link)?);
+    }
+    for address in before.addresses.iter().filter(|address| !now.addresses.contains(address)) {
+        let _ = socket.delete_address(&address_of(address, link)?);
+    }
+    Ok(())
+}
+
+/// Finds each interface, by what is known of it, and gives it its name; tells their numbers, and the addresses they have.
+fn rename(
+    socket: &mut Socket,
+    interfaces: &[NetworkInterface],
+    known: &[NetworkInterface],
+) -> Result<Vec<(u32, Option<Mac>)>> {
     let links = socket.links().context(|| "list network interfaces")?;
     let mut found = Vec::with_capacity(interfaces.len());
-    for (position, interface) in interfaces.iter().enumerate() {
+    for (position, interface) in known.iter().enumerate() {
         found.push(find(&links, interface, position)?);
     }
     // Names can be in use by one another: all that change give theirs up first.
@@ -79,29 +141,13 @@ fn set_up(socket: &mut Socket, interface: &NetworkInterface, link: u32, has: Opt
         .change_link(link, &Change { set_flags: libc::IFF_UP as u32, ..Change::default() })
         .context(|| "bring it up")?;
     for one in &interface.addresses {
-        let address = Address {
-            link,
-            local: address(&one.address)?,
-            prefix: byte(one.prefix)?,
-            peer: optional(&one.peer)?,
-            broadcast: match optional(&one.broadcast)? {
-                Some(IpAddr::V4(broadcast)) => Some(broadcast),
-                _ => None,
-            },
-            scope: byte(one.scope)?,
-            flags: libc::IFA_F_PERMANENT | libc::IFA_F_NODAD,
-        };
+        let address = address_of(one, link)?;
         socket
             .add_address(&address)
             .context(|| format!("add address {}/{}", address.local, address.prefix))?;
     }
-    for neighbour in &interface.neighbours {
-        let neighbour = Neighbour {
-            link,
-            address: address(&neighbour.address)?,
-            mac: self::mac(&neighbour.mac)?,
-            state: libc::NUD_PERMANENT,
-        };
+    for one in &interface.neighbours {
+        let neighbour = neighbour(one, link)?;
         socket.add_neighbour(&neighbour).context(|| format!("add neighbour {}", neighbour.address))?;
     }
     let mut routes = routes(interface, link)?;
@@ -112,6 +158,25 @@ fn set_up(socket: &mut Socket, interface: &NetworkInterface, link: u32, has: Opt
     }
     announce(socket, interface, &routes);
     Ok(())
+}
+
+fn address_of(one: &NetworkAddress, link: u32) -> Result<Address> {
+    Ok(Address {
+        link,
+        local: address(&one.address)?,
+        prefix: byte(one.prefix)?,
+        peer: optional(&one.peer)?,
+        broadcast: match optional(&one.broadcast)? {
+            Some(IpAddr::V4(broadcast)) => Some(broadcast),
+            _ => None,
+        },
+        scope: byte(one.scope)?,
+        flags: libc::IFA_F_PERMANENT | libc::IFA_F_NODAD,
+    })
+}
+
+fn neighbour(one: &NetworkNeighbour, link: u32) -> Result<Neighbour> {
+    Ok(Neighbour { link, address: address(&one.address)?, mac: mac(&one.mac)?, state: libc::NUD_PERMANENT })
 }
 
 /// Asks for the gateways, so that they, and every bridge on the way, have heard of this guest before anybody wants to reach

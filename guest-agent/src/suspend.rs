@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use bulkhead_protocol::agent::Empty;
+use bulkhead_protocol::agent::{Empty, SuspendRequest};
 
 use crate::agent::Agent;
 use crate::container::process::State;
@@ -28,7 +28,7 @@ impl Agent {
     ///
     /// # Errors
     /// It is suspended already, or a container does not stop: then all go on.
-    pub fn suspend(&mut self, connection: u32) -> Result<Empty> {
+    pub fn suspend(&mut self, connection: u32, request: &SuspendRequest) -> Result<Empty> {
         if self.suspended.is_some() {
             return Err(Error::precondition("the guest is being saved already"));
         }
@@ -42,6 +42,9 @@ impl Agent {
         let frozen = frozen.and_then(|()| self.wait_until_frozen(&containers));
         if frozen.is_err() {
             self.resume();
+        } else if request.sync {
+            // Also what they have written through mappings of files.
+            rustix::fs::sync();
         }
         frozen.map(|()| Empty {})
     }

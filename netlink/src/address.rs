@@ -4,7 +4,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 
 use libc::{IFA_ADDRESS, IFA_BROADCAST, IFA_LOCAL, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_REPLACE};
-use libc::{RTM_GETADDR, RTM_NEWADDR};
+use libc::{RTM_DELADDR, RTM_GETADDR, RTM_NEWADDR};
 
 use crate::Socket;
 use crate::message::{Message, Request, family_of, u8_at, u32_at};
@@ -55,10 +55,10 @@ impl Address {
         })
     }
 
-    fn request(&self) -> Request {
+    fn request(&self, kind: u16, flags: i32) -> Request {
         let [a, b, c, d] = self.link.to_ne_bytes();
         let fixed = [family_of(self.local), self.prefix, self.flags as u8, self.scope, a, b, c, d];
-        let request = Request::new(RTM_NEWADDR, NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE, &fixed)
+        let request = Request::new(kind, NLM_F_ACK | flags, &fixed)
             .address(IFA_LOCAL, self.local)
             .address(IFA_ADDRESS, self.peer.unwrap_or(self.local))
             .number(FLAGS, self.flags);
@@ -84,7 +84,15 @@ impl Socket {
     /// # Errors
     /// What the kernel says.
     pub fn add_address(&mut self, address: &Address) -> io::Result<()> {
-        self.execute(address.request())
+        self.execute(address.request(RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE))
+    }
+
+    /// Takes an address from an interface, and the routes along that the kernel made for it.
+    ///
+    /// # Errors
+    /// What the kernel says; `EADDRNOTAVAIL` when the interface does not have it.
+    pub fn delete_address(&mut self, address: &Address) -> io::Result<()> {
+        self.execute(address.request(RTM_DELADDR, 0))
     }
 }
 
@@ -113,7 +121,7 @@ mod tests {
             ..v4.clone()
         };
         for address in [v4, peer, v6] {
-            let bytes = address.request().finish(1);
+            let bytes = address.request(RTM_NEWADDR, 0).finish(1);
             assert_eq!(Address::parse(&messages(&bytes)[0]), Some(address));
         }
     }

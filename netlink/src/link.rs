@@ -99,7 +99,7 @@ impl Link {
 /// What to change of an interface; what is `None` stays.
 #[derive(Debug, Clone, Default)]
 pub struct Change<'a> {
-    /// New name. The interface must be down.
+    /// New name. The interface must be down, before Linux 6.2.
     pub name: Option<&'a str>,
     /// New MTU.
     pub mtu: Option<u32>,

@@ -4,7 +4,7 @@ use std::io;
 use std::net::IpAddr;
 
 use libc::{NDA_DST, NDA_LLADDR, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_REPLACE, NUD_PERMANENT};
-use libc::{RTM_GETNEIGH, RTM_NEWNEIGH};
+use libc::{RTM_DELNEIGH, RTM_GETNEIGH, RTM_NEWNEIGH};
 
 use crate::message::{Message, Request, family_of, u16_at, u32_at};
 use crate::{Mac, Socket};
@@ -42,12 +42,12 @@ impl Neighbour {
         self.state & NUD_PERMANENT != 0
     }
 
-    fn request(&self) -> Request {
+    fn request(&self, kind: u16, flags: i32) -> Request {
         let mut fixed = vec![family_of(self.address), 0, 0, 0];
         fixed.extend(self.link.to_ne_bytes());
         fixed.extend(self.state.to_ne_bytes());
         fixed.extend([0, 0]);
-        Request::new(RTM_NEWNEIGH, NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE, &fixed)
+        Request::new(kind, NLM_F_ACK | flags, &fixed)
             .address(NDA_DST, self.address)
             .attribute(NDA_LLADDR, &self.mac.0)
     }
@@ -68,7 +68,15 @@ impl Socket {
     /// # Errors
     /// What the kernel says.
     pub fn add_neighbour(&mut self, neighbour: &Neighbour) -> io::Result<()> {
-        self.execute(neighbour.request())
+        self.execute(neighbour.request(RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE))
+    }
+
+    /// Forgets a neighbour.
+    ///
+    /// # Errors
+    /// What the kernel says; `ENOENT` when it knows none of that address.
+    pub fn delete_neighbour(&mut self, neighbour: &Neighbour) -> io::Result<()> {
+        self.execute(neighbour.request(RTM_DELNEIGH, 0))
     }
 
     /// Has the kernel ask for an address's link-layer address, without waiting for an answer.
@@ -97,7 +105,7 @@ mod tests {
                 mac: Mac([2, 0, 0, 0, 0, 9]),
                 state: NUD_PERMANENT,
             };
-            let bytes = neighbour.request().finish(1);
+            let bytes = neighbour.request(RTM_NEWNEIGH, 0).finish(1);
             let read = Neighbour::parse(&messages(&bytes)[0]).unwrap();
             assert!(read.is_permanent());
             assert_eq!(read, neighbour);

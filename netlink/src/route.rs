@@ -3,10 +3,11 @@
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use libc::{NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_REPLACE, RTM_GETROUTE, RTM_NEWROUTE};
+use libc::{NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_REPLACE};
 use libc::{
     RTA_DST, RTA_GATEWAY, RTA_METRICS, RTA_MULTIPATH, RTA_OIF, RTA_PREFSRC, RTA_PRIORITY, RTA_TABLE, RTA_VIA,
 };
+use libc::{RTM_DELROUTE, RTM_GETROUTE, RTM_NEWROUTE};
 
 use crate::Socket;
 use crate::message::{Attributes, Message, Request, address_bytes, address_of, family_of, u8_at, u32_at};
@@ -78,14 +79,13 @@ impl Route {
         })
     }
 
-    fn request(&self) -> Request {
+    fn request(&self, kind: u16, how: i32) -> Request {
         let flags = if self.on_link { ON_LINK } else { 0 };
         let table = u8::try_from(self.table).unwrap_or(0);
         let mut fixed =
             vec![family_of(self.destination), self.prefix, 0, 0, table, self.protocol, self.scope, self.kind];
         fixed.extend(flags.to_ne_bytes());
-        let mut request = Request::new(RTM_NEWROUTE, NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE, &fixed)
-            .number(RTA_TABLE, self.table);
+        let mut request = Request::new(kind, NLM_F_ACK | how, &fixed).number(RTA_TABLE, self.table);
         if self.prefix > 0 {
             request = request.address(RTA_DST, self.destination);
         }
@@ -129,7 +129,15 @@ impl Socket {
     /// # Errors
     /// What the kernel says.
     pub fn add_route(&mut self, route: &Route) -> io::Result<()> {
-        self.execute(route.request())
+        self.execute(route.request(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE))
+    }
+
+    /// Removes a route.
+    ///
+    /// # Errors
+    /// What the kernel says; `ESRCH` when there is none.
+    pub fn delete_route(&mut self, route: &Route) -> io::Result<()> {
+        self.execute(route.request(RTM_DELROUTE, 0))
     }
 }
 
@@ -175,7 +183,7 @@ mod tests {
             ..default.clone()
         };
         for route in [default, v6, over_v6, link] {
-            let bytes = route.request().finish(1);
+            let bytes = route.request(RTM_NEWROUTE, 0).finish(1);
             assert_eq!(Route::parse(&messages(&bytes)[0]), Some(route));
         }
     }

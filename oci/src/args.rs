@@ -3,6 +3,7 @@
 //! Not by the crate liboci-cli: it has no `--rootless` and no `--pidfd-socket`, insists on a signal for `kill`, and calls
 //! `checkpoint` `checkpointt` (docs/decisions/0011).
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -40,6 +41,9 @@ pub struct Global {
     /// Ignore failures to set cgroups up: true, false or auto.
     #[arg(long, value_name = "BOOL", default_value = "auto")]
     pub rootless: String,
+    /// Has no meaning here: a microVM is saved as a whole, without CRIU.
+    #[arg(long, value_name = "PATH", hide = true)]
+    pub criu: Option<PathBuf>,
 }
 
 /// As logrus writes it.
@@ -77,6 +81,10 @@ pub enum Verb {
     Resume(Id),
     /// Change a container's limits.
     Update(Box<Update>),
+    /// Save a container, microVM and all, to go on from; it ends unless it is left running.
+    Checkpoint(Box<Checkpoint>),
+    /// Have a container go on from a checkpoint, under this id.
+    Restore(Box<Restore>),
     /// Write a config.json to start from.
     Spec(Spec),
     /// Print what this runtime can do.
@@ -117,6 +125,9 @@ pub struct Create {
     /// is written: {"layers": [lowest, …], "upper": DIR, "writable": PATH, "otherwise": a mount as above}. Not of runc's; for the shim.
     #[arg(long, value_name = "JSON")]
     pub root_disk: Option<String>,
+    /// The process is that of a checkpoint, and goes on with `start`. Not of runc's; for the shim, see `restore`.
+    #[arg(long, value_name = "DIR")]
+    pub image_path: Option<PathBuf>,
     #[arg(value_name = "CONTAINER")]
     pub id: String,
 }
@@ -293,6 +304,106 @@ pub struct Update {
     pub blkio_weight: Option<u16>,
     #[arg(value_name = "CONTAINER")]
     pub id: String,
+}
+
+/// What `checkpoint` and `restore` have in common: runc's words for CRIU's.
+#[derive(Debug, Args)]
+pub struct Criu {
+    /// Directory of the checkpoint; one that is to be made may be there, empty. Default: ./checkpoint.
+    #[arg(long, value_name = "DIR")]
+    pub image_path: Option<PathBuf>,
+    /// Has no meaning here: there are no other files than those of the image.
+    #[arg(long, value_name = "DIR")]
+    pub work_path: Option<PathBuf>,
+    /// Connections are always saved; they go on where the addresses are the same.
+    #[arg(long)]
+    pub tcp_established: bool,
+    /// Has no meaning here: no socket of the guest's leads to another kernel.
+    #[arg(long)]
+    pub ext_unix_sk: bool,
+    /// Has no meaning here: terminals are always saved.
+    #[arg(long)]
+    pub shell_job: bool,
+    /// Has no meaning here: locks are always saved.
+    #[arg(long)]
+    pub file_locks: bool,
+    /// Has no meaning here: those of the guest are saved, the host's is made as config.json says.
+    #[arg(long, value_name = "MODE", value_parser = ["", "soft", "full", "strict", "ignore"])]
+    pub manage_cgroups_mode: Option<String>,
+    /// `network`: it is always a new one.
+    #[arg(long, value_name = "NAMESPACE")]
+    pub empty_ns: Vec<String>,
+    /// Has no meaning here.
+    #[arg(long)]
+    pub auto_dedup: bool,
+    /// Refused: there are no earlier images.
+    #[arg(long, value_name = "DIR", default_value = "", hide_default_value = true)]
+    pub parent_path: String,
+    /// Refused: memory is in the image.
+    #[arg(long)]
+    pub lazy_pages: bool,
+    /// Refused, too.
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "", hide_default_value = true)]
+    pub page_server: String,
+}
+
+#[derive(Debug, Args)]
+pub struct Checkpoint {
+    #[command(flatten)]
+    pub criu: Criu,
+    /// The container goes on instead of ending.
+    #[arg(long)]
+    pub leave_running: bool,
+    /// Refused: a checkpoint is made in one go.
+    #[arg(long)]
+    pub pre_dump: bool,
+    /// Refused unless negative: it is for --lazy-pages.
+    #[arg(long, value_name = "FD", allow_hyphen_values = true, default_value_t = -1, hide_default_value = true)]
+    pub status_fd: i64,
+    #[arg(value_name = "CONTAINER")]
+    pub id: String,
+}
+
+#[derive(Debug, Args)]
+pub struct Restore {
+    #[command(flatten)]
+    pub criu: Criu,
+    /// The bundle: a directory with config.json, for what is of the host's.
+    #[arg(short, long, value_name = "DIR", default_value = ".")]
+    pub bundle: PathBuf,
+    /// Unix socket that is sent the terminal's master.
+    #[arg(long, value_name = "SOCKET")]
+    pub console_socket: Option<PathBuf>,
+    /// Return as soon as it runs.
+    #[arg(short, long)]
+    pub detach: bool,
+    /// Where to write the pid.
+    #[arg(long, value_name = "FILE")]
+    pub pid_file: Option<PathBuf>,
+    /// Has no meaning here: the root is in the guest.
+    #[arg(long)]
+    pub no_pivot: bool,
+    /// Has no meaning here.
+    #[arg(long)]
+    pub no_subreaper: bool,
+    /// Ignored: the guest has no such module.
+    #[arg(long, value_name = "PROFILE")]
+    pub lsm_profile: Option<String>,
+    /// Ignored: the guest has no such module.
+    #[arg(long, value_name = "CONTEXT")]
+    pub lsm_mount_context: Option<String>,
+    #[arg(value_name = "CONTAINER")]
+    pub id: String,
+}
+
+/// The words of the command line as this parser takes them: containerd's shim for runc says `-no-subreaper`, as Go's parsers take long
+/// flags.
+pub fn as_getopt(words: impl Iterator<Item = OsString>) -> impl Iterator<Item = OsString> {
+    let mut restores = false;
+    words.map(move |word| {
+        restores |= word == "restore";
+        if restores && word == "-no-subreaper" { "--no-subreaper".into() } else { word }
+    })
 }
 
 #[derive(Debug, Args)]

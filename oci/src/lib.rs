@@ -8,6 +8,7 @@
 pub mod args;
 #[doc(hidden)]
 pub mod cgroup;
+mod checkpoint;
 #[doc(hidden)]
 pub mod config;
 mod console;

@@ -4,7 +4,7 @@
 
 use std::process::ExitCode;
 
-use bulkhead_oci::args::{Arguments, Verb};
+use bulkhead_oci::args::{self, Arguments, Verb};
 use bulkhead_oci::log::Log;
 use bulkhead_oci::store::{self, Root};
 use bulkhead_oci::{Context, verbs};
@@ -13,7 +13,7 @@ use clap::Parser;
 
 fn main() -> ExitCode {
     trace::begin();
-    let arguments = match Arguments::try_parse() {
+    let arguments = match Arguments::try_parse_from(args::as_getopt(std::env::args_os())) {
         Ok(arguments) => arguments,
         Err(error) => {
             let _ = error.print();
@@ -78,6 +78,7 @@ fn is_about_what_is_there(verb: &Verb) -> bool {
             | Verb::Resume(_)
             | Verb::Update(_)
             | Verb::Exec(_)
+            | Verb::Checkpoint(_)
             | Verb::State(_)
             | Verb::List(_)
             | Verb::Ps(_)
@@ -88,7 +89,7 @@ fn is_about_what_is_there(verb: &Verb) -> bool {
 }
 
 fn run(context: &Context, verb: Verb) -> Result<u8, Error> {
-    use verbs::{create, exec, life, look, templates};
+    use verbs::{checkpoint, create, exec, life, look, templates};
     match verb {
         Verb::Create(wish) => create::create(context, &wish).map(|_| 0),
         Verb::Run(wish) => create::run(context, &wish),
@@ -99,6 +100,8 @@ fn run(context: &Context, verb: Verb) -> Result<u8, Error> {
         Verb::Resume(wish) => life::pause(context, &wish.id, false).map(|()| 0),
         Verb::Update(wish) => life::update(context, &wish).map(|()| 0),
         Verb::Exec(wish) => Ok(exec::exec(context, &wish)),
+        Verb::Checkpoint(wish) => checkpoint::checkpoint(context, &wish).map(|()| 0),
+        Verb::Restore(wish) => checkpoint::restore(context, &wish),
         Verb::State(wish) => look::state(context, &wish.id).map(|()| 0),
         Verb::List(wish) => look::list(context, &wish).map(|()| 0),
         Verb::Ps(wish) => look::ps(context, &wish).map(|()| 0),

@@ -21,7 +21,6 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::config::{Bundle, Wanted};
-use crate::sandbox::guest_id;
 use crate::store::{Container, ProcessId, Root};
 
 /// How long the guest may take for each step of removing a container.
@@ -177,7 +176,7 @@ pub fn find(root: &Root, bundle: &Bundle) -> Result<Option<Shared>> {
         let container = container
             .filter(|container| container.pod.as_ref().map_or(&container.id, |pod| &pod.owner) == owner_id);
         let container = container.ok_or_else(|| alone(joined))?;
-        partners.push(Partner { joined: joined.clone(), container: guest_id(&container.id) });
+        partners.push(Partner { joined: joined.clone(), container: container.in_guest() });
     }
     let sandbox = ProcessId { pid: owner.sandbox, start: owner.sandbox_start };
     let pod = Pod { owner: owner.id.clone(), sandbox, run: owner.run.clone(), server: owner.server };
@@ -196,6 +195,15 @@ fn alone(joined: &Joined) -> Error {
 fn living(root: &Root) -> Result<Vec<Container>> {
     let all = root.ids()?.into_iter().filter_map(|id| root.load(&id).ok());
     Ok(all.filter(Container::lives).collect())
+}
+
+/// The containers that run in the machine of the container `owner`, besides that.
+///
+/// # Errors
+/// The states cannot be read.
+pub fn guests_of(root: &Root, owner: &str) -> Result<Vec<String>> {
+    let is_guest = |container: &Container| container.pod.as_ref().is_some_and(|pod| pod.owner == owner);
+    Ok(living(root)?.into_iter().filter(is_guest).map(|container| container.id).collect())
 }
 
 /// The container whose namespace `path` is. Of several the first, which the others have joined.
@@ -232,7 +240,7 @@ pub fn leave(container: &Container) {
 
 /// Ends the container in the guest, and takes its files away there.
 fn remove(agent: &mut Agent, container: &Container) {
-    let id = guest_id(&container.id);
+    let id = container.in_guest();
     let target = ProcessRequest { container: id.clone(), exec: String::new(), bound: false };
     // A guest may say nothing, and nobody has to wait for it.
     let _ = agent.stream().set_read_timeout(Some(PATIENCE));

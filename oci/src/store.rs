@@ -18,6 +18,7 @@ use bulkhead_runtime::{Context, Error, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::cgroup::Cgroup;
+use crate::checkpoint::Fittings;
 use crate::pod::Pod;
 
 /// Version of runtime-spec that the state follows.
@@ -134,6 +135,13 @@ pub struct Container {
     /// Its machine is up: others can join it.
     #[serde(default)]
     pub up: bool,
+    /// What its machine was made with, once it is up.
+    #[serde(default)]
+    pub fittings: Option<Fittings>,
+    /// The agent's name for it, where that does not follow from its id: in a machine that goes on from a checkpoint, that of the
+    /// container that was saved.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub guest_id: String,
     /// Disks of its own in drives of a machine that it has joined.
     #[serde(default)]
     pub drives: Vec<Drive>,
@@ -285,6 +293,19 @@ impl Root {
 }
 
 impl Container {
+    /// The agent's name for it. An agent's ids have fewer characters than runc's.
+    pub fn in_guest(&self) -> String {
+        if !self.guest_id.is_empty() {
+            return self.guest_id.clone();
+        }
+        self.id.chars().map(|c| if c == '+' { '_' } else { c }).take(64).collect()
+    }
+
+    /// Whether its process has a terminal.
+    pub fn has_terminal(&self) -> bool {
+        self.process.get("terminal").and_then(serde_json::Value::as_bool).unwrap_or(false)
+    }
+
     /// The monitor's socket to the guest.
     pub fn vsock(&self) -> PathBuf {
         self.pod.as_ref().map_or(&self.run, |pod| &pod.run).join("vsock")

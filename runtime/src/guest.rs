@@ -11,6 +11,7 @@ use bulkhead_protocol::agent::{ConfigureRequest, GuestInfo, StreamHello, StreamR
 use bulkhead_protocol::client::{CallError, Client, words};
 use bulkhead_protocol::{AGENT_PORT, AGENT_SERVICE, PROTOCOL_VERSION, STREAM_PORT, stream};
 
+use crate::network::Network;
 use crate::state::now_ns;
 use crate::{Context, Error, Result, names};
 
@@ -128,6 +129,17 @@ pub fn configure(agent: &mut Agent, request: ConfigureRequest) -> Result<GuestIn
          (`make` in a checkout makes the initramfs, too)",
         info.protocol
     )))
+}
+
+/// The same for a guest that goes on from a snapshot with the network `now`, where it had `before`. What it was told otherwise stays.
+///
+/// # Errors
+/// As [`configure`].
+pub fn reconfigure(agent: &mut Agent, before: &Network, now: &Network, name_server: Vec<u8>) -> Result<()> {
+    let networks = (!now.interfaces.is_empty()).then(|| (now.to_message(), before.to_message()));
+    let (network, formerly) = networks.unzip();
+    configure(agent, ConfigureRequest { network, formerly, name_server, ..ConfigureRequest::default() })
+        .map(drop)
 }
 
 /// Reads the agent's reply to a hello, or to a finished archive.

@@ -4,6 +4,7 @@ use bulkhead_image::Image;
 use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::monitor::Shape;
+use crate::network::Network;
 use crate::options::{RunOptions, parse_signal};
 use crate::relay::Ends;
 use crate::shares::{Access, Shares};
@@ -92,6 +93,7 @@ pub fn run(
         monitor_pid: 0,
         kernel: String::new(),
         guest_id: String::new(),
+        given: Network::default(),
         options,
     };
     let launched = prepare(layout, image, &artefacts, record, user, &hostname, keys, reservation);

@@ -6,8 +6,8 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use containerd_shim_protos::events::task::{
-    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskOOM, TaskPaused,
-    TaskResumed, TaskStart,
+    TaskCheckpointed, TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskOOM,
+    TaskPaused, TaskResumed, TaskStart,
 };
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
@@ -165,6 +165,11 @@ fn message(event: &Event) -> Option<(&'static str, Any)> {
         }
         Event::Resumed { .. } => {
             (topics::TASK_RESUMED_EVENT_TOPIC, any(&TaskResumed { container_id, ..TaskResumed::default() })?)
+        }
+        Event::Checkpointed { path, .. } => {
+            let checkpoint = path.display().to_string();
+            let done = TaskCheckpointed { container_id, checkpoint, ..TaskCheckpointed::default() };
+            (topics::TASK_CHECKPOINTED_EVENT_TOPIC, any(&done)?)
         }
         Event::Exit { process, pid, .. } => {
             let (id, pid) = (process.clone(), *pid);

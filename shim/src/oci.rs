@@ -17,7 +17,7 @@ use crate::layers;
 use crate::mounts::{self, Mount};
 use crate::reap::Reaper;
 use crate::stdio::{Names, Open, Prepared};
-use crate::tasks::{Backend, Create, Made, Stdio};
+use crate::tasks::{Backend, Checkpoint, Create, Made, Stdio};
 
 /// Names the program outright.
 const VARIABLE: &str = "BULKHEAD_OCI";
@@ -33,6 +33,8 @@ pub struct More {
     pub rootfs: Vec<Mount>,
     /// `systemd_cgroup` of the runtime's options.
     pub systemd_cgroup: bool,
+    /// The checkpoint that it goes on from.
+    pub checkpoint: Option<String>,
 }
 
 /// `bulkhead-oci`, for one of containerd's namespaces.
@@ -194,6 +196,9 @@ impl Backend for Oci {
         let rootfs = create.bundle.join("rootfs");
         let bundle = create.bundle.display().to_string();
         let mut words = vec!["create", "--bundle", &bundle];
+        if let Some(checkpoint) = &create.more.checkpoint {
+            words.extend(["--image-path", checkpoint]);
+        }
         let disk = mounts::as_disk(&create.more.rootfs);
         let disk = disk.or_else(|| self.erofs_disks.then(|| layers::as_disk(&create.more.rootfs)).flatten());
         match &disk {
@@ -269,6 +274,15 @@ impl Backend for Oci {
         let done = self.call(id, &["update", "--resources", &file.display().to_string()]);
         let _ = fs::remove_file(&file);
         done
+    }
+
+    fn checkpoint(&self, id: &str, checkpoint: &Checkpoint) -> Result<()> {
+        let path = checkpoint.path.display().to_string();
+        let mut words = vec!["checkpoint", "--image-path", &path];
+        if !checkpoint.exit {
+            words.push("--leave-running");
+        }
+        self.call(id, &words)
     }
 
     fn stats(&self, id: &str) -> Result<Value> {

@@ -13,7 +13,7 @@ use containerd_shim_protos::api::{
 };
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::{EnumOrUnknown, Message, MessageField};
-use containerd_shim_protos::shim::oci::{Options, ProcessDetails};
+use containerd_shim_protos::shim::oci::{CheckpointOptions, Options, ProcessDetails};
 use containerd_shim_protos::shim_sync::Task;
 use containerd_shim_protos::ttrpc::{Code, Error as RpcError, Result as RpcResult, TtrpcContext, get_status};
 use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
@@ -24,7 +24,7 @@ use crate::mounts::Mount;
 use crate::oci::{More, Oci};
 use crate::sandbox::Slot;
 use crate::stats;
-use crate::tasks::{Create, Error, Phase, Result, Stdio, Streams as _, Tasks};
+use crate::tasks::{Checkpoint, Create, Error, Phase, Result, Stdio, Streams as _, Tasks};
 
 /// The API for one process's tasks.
 pub struct Service {
@@ -75,9 +75,7 @@ fn json(what: &str, any: Option<&Any>) -> Result<Value> {
 }
 
 fn more(request: &CreateTaskRequest) -> Result<More> {
-    if !request.checkpoint.is_empty() {
-        return Err(Error::Invalid("tasks cannot be restored from checkpoints yet".into()));
-    }
+    let checkpoint = Some(request.checkpoint.clone()).filter(|path| !path.is_empty());
     let rootfs = request.rootfs.iter().map(|mount| Mount {
         kind: mount.type_.clone(),
         source: mount.source.clone(),
@@ -86,11 +84,32 @@ fn more(request: &CreateTaskRequest) -> Result<More> {
     let rootfs = rootfs.collect();
     let Some(options) = request.options.as_ref().filter(|any| any.type_url.ends_with("runc.v1.Options"))
     else {
-        return Ok(More { rootfs, systemd_cgroup: false });
+        return Ok(More { rootfs, systemd_cgroup: false, checkpoint });
     };
     let options = Options::parse_from_bytes(&options.value)
         .map_err(|error| Error::Invalid(format!("the runtime's options are malformed: {error}")))?;
-    Ok(More { rootfs, systemd_cgroup: options.systemd_cgroup })
+    Ok(More { rootfs, systemd_cgroup: options.systemd_cgroup, checkpoint })
+}
+
+/// What is asked for with runc's options, of which `exit` alone is about more than CRIU. containerd names the directory; a client that
+/// wants it elsewhere names it twice.
+fn checkpoint(request: &CheckpointTaskRequest) -> Result<Checkpoint> {
+    let options = match request.options.as_ref().filter(|any| !any.type_url.is_empty()) {
+        None => CheckpointOptions::default(),
+        Some(any) if any.type_url.ends_with(".CheckpointOptions") => {
+            CheckpointOptions::parse_from_bytes(&any.value).map_err(|error| {
+                Error::Invalid(format!("the options of the checkpoint are malformed: {error}"))
+            })?
+        }
+        Some(any) => {
+            return Err(Error::Invalid(format!("options of a checkpoint are not of type {}", any.type_url)));
+        }
+    };
+    let path = if request.path.is_empty() { options.image_path } else { request.path.clone() };
+    if !path.starts_with('/') {
+        return Err(Error::Invalid(format!("{path:?} is no absolute path for a checkpoint")));
+    }
+    Ok(Checkpoint { path: path.into(), exit: options.exit })
 }
 
 impl Task for Service {
@@ -157,9 +176,9 @@ impl Task for Service {
         told(self.tasks.suspend(&request.id, false)).map(|()| Empty::default())
     }
 
-    fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> RpcResult<Empty> {
-        let message = "tasks cannot be checkpointed yet".to_owned();
-        Err(RpcError::RpcStatus(get_status(Code::UNIMPLEMENTED, message)))
+    fn checkpoint(&self, _: &TtrpcContext, request: CheckpointTaskRequest) -> RpcResult<Empty> {
+        let wish = told(checkpoint(&request))?;
+        told(self.tasks.checkpoint(&request.id, &wish)).map(|()| Empty::default())
     }
 
     fn kill(&self, _: &TtrpcContext, request: KillRequest) -> RpcResult<Empty> {
@@ -219,5 +238,30 @@ impl Task for Service {
             let _ = self.done.send(());
         }
         Ok(Empty::default())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn wish(path: &str, kind: &str, options: &CheckpointOptions) -> Result<Checkpoint> {
+        let any = Any { type_url: kind.into(), value: options.write_to_bytes().unwrap(), ..Any::default() };
+        let options = MessageField::some(any);
+        checkpoint(&CheckpointTaskRequest { path: path.into(), options, ..CheckpointTaskRequest::default() })
+    }
+
+    #[test]
+    fn options_of_a_checkpoint_are_those_of_runc() {
+        let kind = "containerd.runc.v1.CheckpointOptions";
+        let plain = CheckpointOptions::default();
+        let exit = CheckpointOptions { exit: true, image_path: "/there".into(), ..plain.clone() };
+        assert_eq!(wish("/here", kind, &plain).unwrap(), Checkpoint { path: "/here".into(), exit: false });
+        assert_eq!(wish("/here", kind, &exit).unwrap(), Checkpoint { path: "/here".into(), exit: true });
+        assert_eq!(wish("", kind, &exit).unwrap(), Checkpoint { path: "/there".into(), exit: true });
+        assert_eq!(wish("/here", "", &exit).unwrap(), Checkpoint { path: "/here".into(), exit: false });
+        assert!(matches!(wish("/here", "x.Options", &plain), Err(Error::Invalid(_))));
+        assert!(matches!(wish("here", kind, &plain), Err(Error::Invalid(_))));
+        assert!(matches!(wish("", kind, &plain), Err(Error::Invalid(_))));
     }
 }

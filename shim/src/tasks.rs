@@ -69,6 +69,7 @@ pub enum Event {
     Oom { id: String },
     Paused { id: String },
     Resumed { id: String },
+    Checkpointed { id: String, path: PathBuf },
     Exit { id: String, process: String, pid: u32, exit: Exit },
     Delete { id: String, process: String, pid: u32, exit: Exit },
 }
@@ -84,6 +85,7 @@ impl Event {
             | Self::Oom { id }
             | Self::Paused { id }
             | Self::Resumed { id }
+            | Self::Checkpointed { id, .. }
             | Self::Exit { id, .. }
             | Self::Delete { id, .. } => id,
         }
@@ -101,6 +103,15 @@ pub struct Create<M> {
     pub stdio: Stdio,
     /// What only the backend understands.
     pub more: M,
+}
+
+/// How a task is to be saved.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Checkpoint {
+    /// Where to: a directory that is empty, or not there.
+    pub path: PathBuf,
+    /// It is to end then.
+    pub exit: bool,
 }
 
 /// A process that has been made.
@@ -174,6 +185,11 @@ pub trait Backend: Send + Sync + 'static {
     /// # Errors
     /// It cannot.
     fn update(&self, id: &str, resources: &Value) -> anyhow::Result<()>;
+    /// Saves a container that runs or is suspended. With `exit` its process ends of it.
+    ///
+    /// # Errors
+    /// It cannot; it goes on then as it was.
+    fn checkpoint(&self, id: &str, checkpoint: &Checkpoint) -> anyhow::Result<()>;
     /// Measures.
     ///
     /// # Errors
@@ -516,6 +532,24 @@ impl<B: Backend> Tasks<B> {
         state.init.phase = to;
         let id = id.to_owned();
         (self.publish)(if suspend { Event::Paused { id } } else { Event::Resumed { id } });
+        Ok(())
+    }
+
+    /// Saves a task that runs or is suspended. One that is to end of it does so as if it had been killed: that is told by its end.
+    ///
+    /// # Errors
+    /// It has not been started or has ended, or the backend's.
+    pub fn checkpoint(&self, id: &str, checkpoint: &Checkpoint) -> Result<()> {
+        let task = self.task(id)?;
+        let state = lock(&task.state);
+        match state.init.phase {
+            Phase::Running | Phase::Paused => {}
+            Phase::Created => return Err(Error::Precondition(format!("task {id} has not been started"))),
+            Phase::Stopped(_) => return Err(Error::NotFound(format!("task {id} has ended"))),
+        }
+        self.backend.checkpoint(id, checkpoint)?;
+        // While the state is held, so that an end of it is told after.
+        (self.publish)(Event::Checkpointed { id: id.to_owned(), path: checkpoint.path.clone() });
         Ok(())
     }
 

@@ -11,6 +11,7 @@ use bulkhead_tests::test;
 use rustix::process::Signal;
 
 use crate::BUSYBOX;
+use crate::network::prepare;
 
 /// Counts, and says a random number with each; ends with status 7 when told to.
 const COUNTER: &str = "i=0; echo begun > /file; while [ ! -e /stop ]; do i=$((i+1)); \
@@ -172,7 +173,7 @@ fn what_does_not_fit_is_refused_and_leaves_nothing(host: &Host) -> Result<()> {
     let path = |name: &str| host.work().join(name).display().to_string();
     let refused =
         |words: &[&str], status, word| host.bulkhead(words)?.status_is(status)?.stderr_has(word).map(drop);
-    refused(&["snapshot", "bound", &path("x")], 1, "network namespace")?;
+    refused(&["fork", "bound"], 1, "network namespace")?;
     refused(&["snapshot", "nosuch", &path("x")], 1, "no such container")?;
     refused(&["snapshot", "good", &path("shared")], 1, "exists already")?;
     refused(&["snapshot", "good", &path("no/such")], 1, "there is no directory")?;
@@ -232,6 +233,50 @@ fn what_does_not_fit_is_refused_and_leaves_nothing(host: &Host) -> Result<()> {
     ensure!(left == ["good", "shared"], "{left:?}");
     fs::remove_dir_all(shared)?;
     Ok(fs::remove_dir_all(good)?)
+}
+
+test!(a_container_in_a_network_namespace_goes_on_in_it_or_in_another, BUSYBOX.deadline(120));
+fn a_container_in_a_network_namespace_goes_on_in_it_or_in_another(host: &Host) -> Result<()> {
+    let network = prepare(host, 1500)?;
+    let flag = network.flag(0);
+    host.bulkhead(["run", "-d", "--name", "first", &flag, "busybox", "httpd", "-f", "-h", "/etc"])?.ok()?;
+    let serves = |address: &str| {
+        let url = format!("http://{address}/hostname");
+        host.eventually(&url, PATIENCE, || {
+            Ok(host.run(["busybox", "wget", "-q", "-O", "-", &url])?.status == 0)
+        })
+    };
+    serves("10.9.0.2")?;
+    let snapshot = host.work().join(SNAPSHOT).display().to_string();
+    host.bulkhead(["snapshot", "first", &snapshot])?.ok()?;
+    // There is room for one.
+    host.bulkhead(["restore", "-d", &snapshot])?.status_is(125)?.stderr_has("another sandbox uses")?;
+    host.bulkhead(["restore", "-d", "--network", "none", &snapshot])?
+        .status_is(125)?
+        .stderr_has("--network")?;
+    serves("10.9.0.2")?;
+    host.bulkhead(["rm", "-f", "first"])?.ok()?;
+    host.bulkhead(["restore", "-d", "--name", "second", &snapshot])?.ok()?;
+    serves("10.9.0.2")?;
+    let script = "ip netns add other
+        ip link add v1 type veth peer name eth0 netns other
+        ip address add 10.8.0.1/24 dev v1
+        ip link set v1 up
+        ip -n other address add 10.8.0.7/24 dev eth0
+        ip -n other link set eth0 up";
+    host.run(["sh", "-ec", script])?.ok()?;
+    let other = "ns:/run/netns/other";
+    host.bulkhead(["restore", "-d", "--name", "third", "--network", other, &snapshot])?.ok()?;
+    serves("10.8.0.7")?;
+    serves("10.9.0.2")?;
+    host.bulkhead(["exec", "third", "ip", "address"])?
+        .ok()?
+        .stdout_has("10.8.0.7/24")?
+        .stdout_lacks("10.9.0.2")?;
+    host.bulkhead(["rm", "-f", "second", "third"])?.ok()?;
+    host.run(["ip", "netns", "delete", "other"])?.ok()?;
+    drop(network);
+    Ok(fs::remove_dir_all(snapshot)?)
 }
 
 test!(whoever_is_killed_while_it_is_saved_nothing_half_made_stays, BUSYBOX.deadline(120));

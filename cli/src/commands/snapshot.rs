@@ -23,6 +23,7 @@ pub fn restore(layout: &Layout, settings: &Settings, args: RestoreArgs) -> Outco
         detach: args.detach,
         auto_remove: args.rm,
         name: args.name,
+        network: args.network,
         publish: (!args.publish.is_empty()).then_some(args.publish),
         detach_keys: args.detach_keys,
     };

@@ -51,7 +51,9 @@ impl Agent {
             "ResumeContainer" => {
                 self.now(ticket, payload, |agent, request| agent.freeze_container(&request, false))
             }
-            "Suspend" => self.now(ticket, payload, |agent, _: Empty| agent.suspend(ticket.connection)),
+            "Suspend" => {
+                self.now(ticket, payload, |agent, request| agent.suspend(ticket.connection, &request))
+            }
             "Resume" => self.now(ticket, payload, |agent, _: Empty| Ok(agent.resume())),
             "UpdateContainer" => self.now(ticket, payload, |agent, request| agent.update_container(&request)),
             "ListProcesses" => self.now(ticket, payload, |agent, request: ContainerRequest| {

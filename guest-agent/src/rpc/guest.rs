@@ -53,8 +53,10 @@ pub fn configure(request: &ConfigureRequest) -> Result<GuestInfo> {
         rustix::time::clock_settime(ClockId::Realtime, time).context(|| "set the clock")?;
     }
     request.shares.iter().try_for_each(|tag| mount_share(tag))?;
-    if let Some(network) = &request.network {
-        network::configure(network)?;
+    match (&request.network, &request.formerly) {
+        (Some(network), None) => network::configure(network)?,
+        (Some(network), Some(formerly)) => network::change(formerly, network)?,
+        (None, _) => {}
     }
     if !request.name_server.is_empty() {
         names::start(&request.name_server)?;

@@ -12,6 +12,7 @@ use prost::Message;
 use rustix::io::Errno;
 
 use crate::agent::Agent;
+use crate::container::process::Process;
 use crate::error::{Code, Error, Result};
 
 /// Unsent answers of one connection beyond which its requests are left where they are, in bytes.
@@ -116,11 +117,13 @@ impl Agent {
         }
     }
 
-    /// Forgets a connection, and kills what was bound to it. `lost`: it was one of the machine that this one is a copy of.
+    /// Forgets a connection, and kills what was bound to it. `lost`: it was one of the machine that this one is a copy of; then
+    /// somebody else comes for the containers, but nobody for their other processes.
     fn hang_up(&mut self, id: u32, lost: bool) {
         self.connections.remove(&id);
         self.resume_with(id, lost);
-        let bound = self.processes.values().filter(|process| process.bound == Some(id));
+        let is_bound = |process: &&Process| process.bound == Some(id) && !(lost && process.exec.is_empty());
+        let bound = self.processes.values().filter(is_bound);
         for process in bound.filter(|process| !process.state.has_ended()) {
             // One that has just ended needs no signal.
             let _ = process.signal(libc::SIGKILL);

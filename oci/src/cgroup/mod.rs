@@ -174,6 +174,17 @@ impl Cgroup {
         Legacy { cpu: legacy("cpu.shares"), disks: legacy("blkio.weight"), cpuset: legacy("cpuset.cpus") }
     }
 
+    /// Bytes of memory in use, and how many may be. `None`: there is no limit, or no controller of memory.
+    pub fn memory(&self) -> Option<(u64, u64)> {
+        let group = self.of("memory.max")?;
+        let number = |file: &str| {
+            let name = if group.controllers.is_some() { v1::name(&group.dir, file) } else { file };
+            fs::read_to_string(group.dir.join(name)).ok()?.trim().parse().ok()
+        };
+        let used = if group.controllers.is_some() { "memory.usage_in_bytes" } else { "memory.current" };
+        Some((number(used)?, number("memory.max")?))
+    }
+
     /// Has the host's kernel count an out-of-memory kill in this group, which is where engines look for one: the guest's
     /// kernel has killed the container's process, but nobody outside sees that. A process made for it is the victim.
     pub fn report_oom(&self) {

@@ -22,8 +22,8 @@ use bulkhead_runtime::{Context, Error, Result};
 use serde_json::{Value, json};
 
 pub use self::root::Root;
-pub use self::take::leave_hosts_out;
 use self::take::{drop_labels, keep_shared_memory_inside, take_devices, take_namespaces, take_resources};
+pub use self::take::{is_tmpfs, leave_hosts_out};
 pub use self::vm::Vm;
 pub use self::volume::Volume;
 use crate::log::Log;
@@ -206,6 +206,13 @@ impl Bundle {
         self.root_disk.as_ref().map(Root::configs).unwrap_or_default()
     }
 
+    /// Where in the container the host's files are, in the order in which they are shared.
+    pub fn shares(&self) -> Vec<PathBuf> {
+        let root = self.root_disk.is_none().then(|| PathBuf::from("/"));
+        let binds = self.binds.iter().filter_map(|index| self.spec.pointer(&format!("/mounts/{index}")));
+        root.into_iter().chain(binds.map(|mount| text(mount, "/destination").into())).collect()
+    }
+
     /// The host's files that the container has.
     pub fn view(&self) -> View {
         let bind = |&index: &usize| {
@@ -378,6 +385,7 @@ pub mod tests {
             root: None,
             systemd_cgroup: false,
             rootless: "auto".into(),
+            criu: None,
         };
         Bundle::read(dir.path(), &Log::open(&global).unwrap())
     }

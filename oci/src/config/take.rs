@@ -1,7 +1,7 @@
 //! What is taken out of config.json, or made another thing, before the agent gets it.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use bulkhead_runtime::network::NamespaceRef;
 use serde_json::{Value, json};
@@ -117,6 +117,14 @@ pub(super) fn keep_shared_memory_inside(spec: &mut Value) {
         let name = format!("guest:shm-{:016x}", hasher.finish());
         *mount = json!({"destination": "/dev/shm", "type": "tmpfs", "source": name, "options": options});
     }
+}
+
+/// Whether what is written there stays in memory.
+///
+/// # Errors
+/// There is nothing.
+pub fn is_tmpfs(path: &Path) -> std::io::Result<bool> {
+    Ok(rustix::fs::statfs(path)?.f_type == TMPFS_MAGIC)
 }
 
 /// All resources, for the host's cgroup. What names processors and disks of the host's is only for there.

@@ -17,6 +17,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde_json::Value;
 
 use super::{Plan, is_fatal, tag};
+use crate::checkpoint::Fittings;
 use crate::config::{Bundle, Root};
 use crate::pod::{self, Pod};
 use crate::store::{Container, ProcessId};
@@ -43,13 +44,22 @@ pub(super) enum Machine {
     },
 }
 
-/// A machine, the root file system in the guest's words, and the configuration for the agent.
-type Made = (Machine, Rootfs, Value);
+/// A machine, and what is in it.
+pub(super) struct Made {
+    pub machine: Machine,
+    /// The root file system in the guest's words.
+    pub root: Rootfs,
+    /// The configuration for the agent.
+    pub spec: Value,
+    /// What it was made with, when it is one's own.
+    pub fittings: Option<Fittings>,
+}
 
 impl Machine {
-    /// From nothing to a guest whose agent has been told who it is.
+    /// From nothing, or from a checkpoint, to a guest whose agent has been told who it is.
     pub(super) fn make(plan: &Plan, guest: &Guest, signals: &Signals) -> Result<Made> {
-        let Plan { files, bundle, container, artefacts, .. } = plan;
+        let Plan { files, bundle, container, artefacts, checkpoint, .. } = plan;
+        let checkpoint = checkpoint.as_ref();
         let mut shares = Shares::new(&files.run, &artefacts.settings)?;
         let mut disks = bundle.disks();
         let devices = (0..disks.len()).map(drives::device).collect::<Result<Vec<_>>>()?;
@@ -58,26 +68,45 @@ impl Machine {
         if let Some(namespace) = &container.network {
             let attachment = network::attach(namespace, &tag(files))?;
             (links.network, links.fds) = (attachment.network, attachment.taps);
+            if let Some(checkpoint) = checkpoint {
+                links.network.can_follow(&checkpoint.saved.fittings.network, namespace)?;
+            }
         }
-        let shape = bundle.shape(&artefacts.settings.machine)?;
+        let machine = &artefacts.settings.machine;
+        let shape = match checkpoint {
+            Some(checkpoint) => checkpoint.saved.shape(),
+            None => bundle.shape(machine)?,
+        };
         let disk = bundle.root_disk.as_ref().map(Root::hold).transpose()?;
         let needs_shares = bundle.needs_shares();
-        if bundle.may_be_joined() {
-            let others = links.fds.len() + usize::from(needs_shares);
-            disks.extend(drives::spare(artefacts.settings.machine.spare_drives, disks.len(), others));
-        }
+        let wished = match checkpoint {
+            Some(checkpoint) => checkpoint.saved.fittings.drives,
+            None if bundle.may_be_joined() => machine.spare_drives,
+            None => 0,
+        };
+        let spare = drives::spare(wished, disks.len(), links.fds.len() + usize::from(needs_shares));
+        let name_server = container.network.as_ref().zip(bundle.name_server());
+        let fittings = Fittings {
+            shares: bundle.shares(),
+            network: links.network.clone(),
+            name_server: name_server.is_some(),
+            drives: u8::try_from(spare.len()).unwrap_or(0),
+        };
+        disks.extend(spare);
         // Before this process is in the container's cgroup: making one is not the container's affair.
         let wanted = Wanted { shape: &shape, disks: &disks, shares: needs_shares, networks: links.kinds() };
         let layout = Layout::new(None, &artefacts.settings.paths)?;
         let given_up = || std::iter::from_fn(|| signals.next()).any(is_fatal);
-        let template = template::get(&layout, artefacts, &wanted, signals, given_up)?.map(Origin::Template);
+        let origin = match checkpoint {
+            Some(checkpoint) => Some(Origin::Snapshot(checkpoint.machine())),
+            None => template::get(&layout, artefacts, &wanted, signals, given_up)?.map(Origin::Template),
+        };
         if let Some(group) = &container.cgroup {
             // Engines forget to allow the devices that a machine is made of, and nothing in the group may open them then:
             // /dev/net/tun has been opened above. If this one does not open, the monitor says why.
             links.kvm = File::options().read(true).write(true).open("/dev/kvm").ok().map(OwnedFd::from);
             group.add(container.sandbox)?;
         }
-        let name_server = container.network.as_ref().zip(bundle.name_server());
         if let Some((namespace, server)) = name_server {
             network::names::serve(namespace, server, &files.names())?;
         }
@@ -86,15 +115,26 @@ impl Machine {
         let mut server = needs_shares.then(|| shares.start(Lifetime::Parent, &log)).transpose()?;
         trace::mark("virtiofsd spawned");
         let mut monitor =
-            Monitor::start(artefacts, files, &shape, disks, server.as_mut(), &links, template.as_ref())?;
+            Monitor::start(artefacts, files, &shape, disks, server.as_mut(), &links, origin.as_ref())?;
         (links.fds, links.kvm) = (Vec::new(), None);
         trace::mark("monitor spawned");
         monitor.wait_ready(signals, given_up)?;
         trace::mark("agent up");
         let mut agent = guest.agent()?;
-        let tags = server.iter().map(|_| shares::TAG.to_owned()).collect();
-        configure(&mut agent, bundle, tags, &links.network, name_server.map(|(_, server)| server))?;
-        Ok((Self::Own { monitor, server, disk }, root, spec))
+        let name_server = name_server.map(|(_, server)| server);
+        match checkpoint {
+            None => {
+                let tags = server.iter().map(|_| shares::TAG.to_owned()).collect();
+                configure(&mut agent, bundle, tags, &links.network, name_server)?;
+            }
+            Some(checkpoint) => {
+                let before = &checkpoint.saved.fittings;
+                // One that stands for a name server does so still.
+                let new = name_server.filter(|_| !before.name_server);
+                guest::reconfigure(&mut agent, &before.network, &links.network, octets(new))?;
+            }
+        }
+        Ok(Made { machine: Self::Own { monitor, server, disk }, root, spec, fittings: Some(fittings) })
     }
 
     /// Into the machine of another container.
@@ -114,7 +154,7 @@ impl Machine {
         if bundle.needs_shares() {
             more.join(&pod.shares()?)?;
         }
-        Ok((Self::Joined { owner, pod, disk }, root, spec))
+        Ok(Made { machine: Self::Joined { owner, pod, disk }, root, spec, fittings: None })
     }
 
     /// Readable when the machine has ended.
@@ -228,8 +268,13 @@ fn configure(
         hostname: bundle.hostname.clone(),
         shares,
         network: Some(network.to_message()),
-        name_server: name_server.map_or_else(Vec::new, |server| server.octets().to_vec()),
+        name_server: octets(name_server),
         ..ConfigureRequest::default()
     };
     guest::configure(agent, request).map(drop)
+}
+
+/// The agent's form of an address.
+fn octets(address: Option<Ipv4Addr>) -> Vec<u8> {
+    address.map_or_else(Vec::new, |address| address.octets().to_vec())
 }

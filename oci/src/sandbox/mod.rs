@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use bulkhead_protocol::agent::{
     ContainerRequest, CreateContainerRequest, CreateContainerResponse, Empty, ProcessRequest,
-    ResizeTerminalRequest, SignalProcessRequest, Stdio, WaitProcessResponse,
+    ResizeTerminalRequest, Rootfs, SignalProcessRequest, Stdio, WaitProcessResponse,
 };
 use bulkhead_protocol::client::CallError;
 use bulkhead_runtime::drives::Drive;
@@ -28,12 +28,14 @@ use bulkhead_runtime::terminal::Signals;
 use bulkhead_runtime::{Artefacts, Context, Error, Result, null, trace};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::thread::UnshareFlags;
+use serde_json::Value;
 
-use self::machine::Machine;
+use self::machine::{Machine, Made};
 use self::stand_in::StandIn;
 pub use self::stand_in::View;
 pub use self::talk::{Ask, GoOn, Says, ask, kill};
 use self::talk::{answer, next_call, socket};
+use crate::checkpoint::Checkpoint;
 use crate::config::{Bundle, Wanted};
 use crate::log::Log;
 use crate::pod::Partner;
@@ -59,6 +61,8 @@ pub struct Plan {
     pub artefacts: Artefacts,
     /// Namespaces of containers in the machine that it joins.
     pub partners: Vec<Partner>,
+    /// What it goes on from.
+    pub checkpoint: Option<Checkpoint>,
     /// Where the terminal's master goes.
     pub console_socket: Option<PathBuf>,
     /// To `create`.
@@ -205,23 +209,38 @@ impl Sandbox {
         self.plan.root.save(&self.plan.container)
     }
 
-    /// From nothing to a held process.
+    /// From nothing to a held process, or from a checkpoint to one that stands still.
     fn boot(&mut self) -> Result<()> {
         let made = match self.plan.container.pod.clone() {
             None => Machine::make(&self.plan, &self.guest, &self.signals)?,
             Some(pod) => Machine::join(&mut self.plan, pod)?,
         };
-        let (machine, root, spec) = made;
+        let Made { machine, root, spec, fittings } = made;
         if self.plan.container.pod.is_none() {
             // Others can join it from now on.
             (self.plan.container.up, self.plan.container.server) = (true, machine.server());
+            self.plan.container.fittings = fittings;
             self.plan.root.save(&self.plan.container)?;
         }
+        let streams = match &self.plan.checkpoint {
+            None => self.create_container(root, &spec)?,
+            Some(_) => {
+                let (id, stdio) = (self.plan.container.in_guest(), self.stdio());
+                Streams::reconnect(&self.guest, &id, &stdio, self.plan.bundle.terminal)
+            }
+        };
+        self.stand_in.enter(self.plan.bundle.view());
+        self.vm = Some(Vm { machine, streams: Some(streams) });
+        Ok(())
+    }
+
+    /// Has the agent make the container, and connects its streams.
+    fn create_container(&self, root: Rootfs, spec: &Value) -> Result<Streams> {
         let Plan { bundle, container, .. } = &self.plan;
         let mut agent = self.guest.agent()?;
         let stdio = self.stdio();
         let request = CreateContainerRequest {
-            id: guest_id(&container.id),
+            id: container.in_guest(),
             spec: spec.to_string(),
             rootfs: Some(root),
             stdio: Some(stdio),
@@ -232,10 +251,7 @@ impl Sandbox {
         };
         let _: CreateContainerResponse = agent.call("CreateContainer", &request).map_err(refused)?;
         trace::mark("container created");
-        self.stand_in.enter(bundle.view());
-        let streams = Streams::connect(&self.guest, &guest_id(&container.id), "", &stdio, bundle.terminal)?;
-        self.vm = Some(Vm { machine, streams: Some(streams) });
-        Ok(())
+        Streams::connect(&self.guest, &container.in_guest(), "", &stdio, bundle.terminal)
     }
 
     fn stdio(&self) -> Stdio {
@@ -308,8 +324,13 @@ impl Sandbox {
         let relay = Relay::start(streams, self.ends.take().unwrap_or_default())?;
         let mut agent = self.guest.agent()?;
         self.resize(&mut agent);
-        let request = ContainerRequest { container: guest_id(&container.id) };
-        let _: Empty = agent.call("StartContainer", &request).map_err(refused)?;
+        let request = ContainerRequest { container: container.in_guest() };
+        match &self.plan.checkpoint {
+            None => {
+                let _: Empty = agent.call("StartContainer", &request).map_err(refused)?;
+            }
+            Some(checkpoint) => go_on(&mut agent, &request, checkpoint)?,
+        }
         trace::mark("container started");
         if let Some(vm) = &self.vm {
             vm.machine.teach_template();
@@ -322,7 +343,7 @@ impl Sandbox {
     fn attend(&mut self, relay: Relay) -> Result<End> {
         self.take_loopback();
         let mut waiting = self.guest.agent()?;
-        let container = guest_id(&self.plan.container.id);
+        let container = self.plan.container.in_guest();
         let request = ProcessRequest { container, exec: String::new(), bound: true };
         let call =
             waiting.send("WaitProcess", &request).context(|| "cannot wait for the container".into())?;
@@ -405,7 +426,7 @@ impl Sandbox {
         if signal == libc::SIGWINCH.unsigned_abs() && self.terminal.is_some() {
             return self.resize(&mut agent);
         }
-        let container = guest_id(&self.plan.container.id);
+        let container = self.plan.container.in_guest();
         let request = SignalProcessRequest { container, exec: String::new(), signal, all: false };
         // It may just have ended.
         let _: Result<Empty, _> = agent.call("SignalProcess", &request);
@@ -413,7 +434,7 @@ impl Sandbox {
 
     fn resize(&self, agent: &mut Agent) {
         let Some((rows, columns)) = self.terminal.as_ref().and_then(console::size) else { return };
-        let container = guest_id(&self.plan.container.id);
+        let container = self.plan.container.in_guest();
         let request = ResizeTerminalRequest { container, exec: String::new(), rows, columns };
         let _: Result<Empty, _> = agent.call("ResizeTerminal", &request);
     }
@@ -436,14 +457,19 @@ impl Sandbox {
     }
 }
 
+/// Lets the container of a checkpoint go on.
+fn go_on(agent: &mut Agent, container: &ContainerRequest, checkpoint: &Checkpoint) -> Result<()> {
+    let what = || "cannot let the container go on".to_owned();
+    let _: Empty = agent.call("Resume", &Empty {}).context(what)?;
+    if checkpoint.saved.paused {
+        let _: Empty = agent.call("ResumeContainer", container).context(what)?;
+    }
+    Ok(())
+}
+
 /// What tells one sandbox's taps from another's.
 pub fn tag(files: &Files) -> String {
     files.run.file_name().unwrap_or_default().to_string_lossy().into_owned()
-}
-
-/// The agent's ids have fewer characters than runc's.
-pub fn guest_id(id: &str) -> String {
-    id.chars().map(|c| if c == '+' { '_' } else { c }).take(64).collect()
 }
 
 /// The agent's refusal, in words that engines look for.

@@ -12,12 +12,13 @@ use rustix::event::{PollFd, PollFlags, poll};
 use super::life;
 use crate::args::{Create, Run};
 use crate::cgroup::Cgroup;
+use crate::checkpoint::Checkpoint;
 use crate::config::{Bundle, Root};
 use crate::sandbox::{self, GoOn, Plan, Says};
 use crate::store::{Container, Hooks, Status};
 use crate::{Context, hooks, pod, policy};
 
-/// Makes a container whose process waits for `start`. Answers the pid of its sandbox.
+/// Makes a container whose process waits for `start`, or the one of a checkpoint, which stands still until then. Answers the pid of its sandbox.
 ///
 /// # Errors
 /// Whatever is wrong; nothing is left then.
@@ -33,14 +34,22 @@ fn make(context: &Context, wish: &Create, detach: bool) -> Result<i32> {
         artefacts.kernel.clone_from(kernel);
     }
     super::check_terminal(bundle.terminal, detach, wish.console_socket.is_some())?;
+    let checkpoint = wish.image_path.as_deref().map(Checkpoint::load).transpose()?;
     let group = Cgroup::locate(&bundle.cgroups_path, context.systemd_cgroup, &wish.id)?;
     if group.is_none() {
         context.log.debug("no cgroup hierarchy is mounted: the sandbox is put into no cgroup of the host");
     }
     let shared = pod::find(&context.root, &bundle)?;
-    let machine_mib = match &shared {
-        Some(shared) => shared.machine_mib,
-        None => {
+    let machine_mib = match (&shared, &checkpoint) {
+        (Some(shared), Some(_)) => {
+            return Err(Error::Usage(format!(
+                "the network is that of container {}: what goes on from a checkpoint has a microVM of its own",
+                shared.pod.owner
+            )));
+        }
+        (Some(shared), None) => shared.machine_mib,
+        (None, Some(checkpoint)) => checkpoint.saved.memory_mib,
+        (None, None) => {
             bundle.warn_of_limits_above_the_host(&context.log)?;
             bundle.shape(&context.settings.machine)?.memory_mib
         }
@@ -51,6 +60,9 @@ fn make(context: &Context, wish: &Create, detach: bool) -> Result<i32> {
         bundle.warn_of_what_the_pod_decides(&context.log, machine_mib);
     }
     bundle.root_disk = wish.root_disk.as_deref().map(Root::parse).transpose()?;
+    if let Some(checkpoint) = &checkpoint {
+        checkpoint.fits(&bundle)?;
+    }
     if let Some(root) = &bundle.root_disk {
         root.prepare(&context.settings)?;
     }
@@ -77,6 +89,10 @@ fn make(context: &Context, wish: &Create, detach: bool) -> Result<i32> {
         machine_mib,
         server: None,
         up: false,
+        fittings: None,
+        guest_id: checkpoint
+            .as_ref()
+            .map_or_else(String::new, |checkpoint| checkpoint.saved.guest_id.clone()),
         drives: Vec::new(),
         pod,
         owner: rustix::process::getuid().as_raw(),
@@ -88,6 +104,7 @@ fn make(context: &Context, wish: &Create, detach: bool) -> Result<i32> {
         container,
         bundle,
         partners,
+        checkpoint,
         artefacts,
         console_socket: wish.console_socket.clone(),
         caller,
@@ -172,8 +189,7 @@ pub fn run(context: &Context, wish: &Run) -> Result<u8> {
         return Ok(0);
     }
     let container = context.root.load(id)?;
-    let terminal = container.process.get("terminal").and_then(serde_json::Value::as_bool).unwrap_or(false);
-    let raw = if terminal { Raw::enter()? } else { None };
+    let raw = if container.has_terminal() { Raw::enter()? } else { None };
     let status = stand_for(pid, &signals);
     drop(raw);
     if !wish.keep {

@@ -9,6 +9,7 @@ use bulkhead_protocol::agent::{
 };
 use bulkhead_runtime::guest::Guest;
 use bulkhead_runtime::relay::{Ends, Relay, Streams};
+use bulkhead_runtime::state::now_ns;
 use bulkhead_runtime::supervise::Wire;
 use bulkhead_runtime::terminal::{Raw, Signals};
 use bulkhead_runtime::{Context as _, Error, Result, null};
@@ -18,7 +19,7 @@ use serde_json::{Value, json};
 use super::{guest, in_state};
 use crate::args::Exec;
 use crate::config::read_json;
-use crate::sandbox::{KILLED_PATIENCE, PATIENCE, guest_id, refused};
+use crate::sandbox::{KILLED_PATIENCE, PATIENCE, refused};
 use crate::store::{Container, Status};
 use crate::{Context, console};
 
@@ -172,7 +173,9 @@ impl Call {
         // First of all: nobody would end a process in the guest when nobody takes its terminal.
         let (ends, terminal) = console::ends(tty, wish.console_socket.as_deref())?;
         let stdio = Stdio { stdin: true, stdout: true, stderr: !tty };
-        let (container, exec) = (guest_id(&container.id), format!("oci-{}", std::process::id()));
+        // A machine that goes on from a checkpoint remembers those of another host, or of another boot of this one.
+        let exec = format!("oci-{}-{:x}", std::process::id(), now_ns());
+        let container = container.in_guest();
         let request = ExecProcessRequest {
             container: container.clone(),
             exec: exec.clone(),

@@ -13,7 +13,7 @@ use serde_json::{Map, Value, json};
 use super::{agent, create, in_state};
 use crate::args::{Kill, Update};
 use crate::config::{leave_hosts_out, read_json};
-use crate::sandbox::{self, Ask, guest_id};
+use crate::sandbox::{self, Ask};
 use crate::store::{Container, Status, start_of};
 use crate::{Context, hooks, pod};
 
@@ -47,7 +47,7 @@ pub fn kill(context: &Context, wish: &Kill) -> Result<()> {
         Status::Created => sandbox::ask(&container.run, &Ask::Signal(signal)),
         Status::Running | Status::Paused => {
             let request = SignalProcessRequest {
-                container: guest_id(&container.id),
+                container: container.in_guest(),
                 exec: String::new(),
                 signal,
                 all: wish.all,
@@ -157,7 +157,7 @@ pub fn pause(context: &Context, id: &str, pause: bool) -> Result<()> {
         (Status::Paused, Status::Running, "ResumeContainer", "resume")
     };
     let mut container = in_state(context, id, &[from], verb)?;
-    let request = ContainerRequest { container: guest_id(id) };
+    let request = ContainerRequest { container: container.in_guest() };
     let _: Empty =
         agent(&container)?.call(method, &request).context(|| format!("cannot {verb} container {id}"))?;
     container.status = to;
@@ -186,7 +186,7 @@ pub fn update(context: &Context, wish: &Update) -> Result<()> {
     }
     let mut inside = resources.clone();
     leave_hosts_out(&mut inside);
-    let request = UpdateContainerRequest { container: guest_id(&wish.id), resources: inside.to_string() };
+    let request = UpdateContainerRequest { container: container.in_guest(), resources: inside.to_string() };
     let done: Result<Empty, _> = agent(&container)?.call("UpdateContainer", &request);
     done.map(drop).context(|| format!("cannot update container {}", wish.id))?;
     match &container.cgroup {

@@ -10,7 +10,6 @@ use serde_json::{Value, json};
 use super::{agent, in_state};
 use crate::Context;
 use crate::args::{Events, Format, List, Ps};
-use crate::sandbox::guest_id;
 use crate::store::{Container, Status};
 
 /// Prints, unless nobody reads any more.
@@ -98,7 +97,7 @@ pub fn ps(context: &Context, wish: &Ps) -> Result<()> {
     if wish.format == Format::Json {
         return print(&json!(lives.then_some([container.pid])).to_string());
     }
-    let request = ContainerRequest { container: guest_id(&wish.id) };
+    let request = ContainerRequest { container: container.in_guest() };
     // Of one that has ended there are none, which is no error for runc either.
     let listed = if lives {
         agent(&container)?
@@ -135,7 +134,7 @@ pub fn events(context: &Context, wish: &Events) -> Result<()> {
             }
             container => container?,
         };
-        let request = ContainerRequest { container: guest_id(&wish.id) };
+        let request = ContainerRequest { container: container.in_guest() };
         let stats: StatsResponse = agent(&container)?
             .call("Stats", &request)
             .context(|| format!("cannot measure container {}", wish.id))?;

@@ -85,7 +85,10 @@ pub fn features() -> Result<()> {
             "selinux": {"enabled": false},
             "intelRdt": {"enabled": false},
         },
-        "annotations": {"dev.bulkhead.virtual-machine": "kvm"},
+        "annotations": {
+            "dev.bulkhead.virtual-machine": "kvm",
+            "org.opencontainers.runc.checkpoint.enabled": "true",
+        },
         "potentiallyUnsafeConfigAnnotations": ["dev.bulkhead.memory", "dev.bulkhead.vcpus"],
     });
     let text = serde_json::to_string_pretty(&features).context(|| "cannot encode the features".into())?;

@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use bulkhead_netlink::{Link, Mac, Socket};
 use serde::{Deserialize, Serialize};
 
-use super::is_unicast;
+use super::{NamespaceRef, is_unicast};
 use crate::{Context, Error, Result};
 
 /// A guest's network. As JSON it is what `inspect` shows.
@@ -13,6 +13,29 @@ use crate::{Context, Error, Result};
 pub struct Network {
     /// Its interfaces, other than loopback.
     pub interfaces: Vec<Interface>,
+}
+
+impl Network {
+    /// Whether a machine that was saved with the network `before` can have this one, which is that of `namespace`: the cables can be
+    /// plugged into other interfaces, but there are as many as there were.
+    ///
+    /// # Errors
+    /// There are more or fewer.
+    pub fn can_follow(&self, before: &Self, namespace: &NamespaceRef) -> Result<()> {
+        let names = |network: &Self| {
+            let names: Vec<_> = network.interfaces.iter().map(|interface| interface.name.as_str()).collect();
+            if names.is_empty() { "none".to_owned() } else { names.join(", ") }
+        };
+        if self.interfaces.len() == before.interfaces.len() {
+            return Ok(());
+        }
+        Err(Error::Usage(format!(
+            "the container was saved with these network interfaces: {}; those of the {namespace} are: {}. There have to be as \
+             many as there were, up and with addresses; they may have other names and addresses",
+            names(before),
+            names(self)
+        )))
+    }
 }
 
 /// A network interface.

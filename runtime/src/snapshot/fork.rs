@@ -8,6 +8,7 @@ use rustix::fs::{FlockOperation, flock};
 
 use super::{Summary, Wishes, restore, take};
 use crate::launch::Launched;
+use crate::network::NetworkWish;
 use crate::state::{Record, private_dir};
 use crate::{Context, Error, Layout, Result, Settings, names};
 
@@ -35,6 +36,13 @@ pub fn fork(
     wishes: &Wishes,
     settings: &Settings,
 ) -> Result<Forked> {
+    if let NetworkWish::Namespace(namespace) = &record.options.network {
+        return Err(Error::Usage(format!(
+            "container {} is in the {namespace}, in which there is room for one: no copy could be beside it. `bulkhead snapshot` \
+             saves it, and `bulkhead restore --network ns:PATH` gives each copy a namespace of its own",
+            names::short(&record.id)
+        )));
+    }
     let place = Place::make(layout)?;
     let directory = place.path.join("snapshot");
     let summary = take(layout, record, &directory, false)?;

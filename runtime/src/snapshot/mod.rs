@@ -9,6 +9,7 @@
 
 mod draft;
 mod fork;
+mod machine;
 mod restore;
 mod take;
 
@@ -17,17 +18,20 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use vmm::control::SavedDisk;
+pub use vmm::control::SnapshotRequest;
 
 use crate::monitor::Shape;
 use crate::state::Record;
 use crate::{Context, Error, Result};
 
+pub use draft::Draft;
 pub use fork::{Forked, fork};
+pub use machine::{Machine, SavedMachine, Summary, Then};
 pub use restore::{Wishes, restore};
-pub use take::{Summary, take};
+pub use take::take;
 
 /// The monitor's part of a snapshot.
-pub(crate) const MACHINE: &str = "machine";
+pub const MACHINE: &str = "machine";
 /// The container's part.
 const CONTAINER: &str = "container.json";
 /// Version of [`Saved`] that this build writes and reads.

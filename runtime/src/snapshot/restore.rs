@@ -24,6 +24,8 @@ pub struct Wishes {
     pub name: Option<String>,
     /// Ports to publish; `None`: as before.
     pub publish: Option<Vec<Port>>,
+    /// The network namespace to be in; `None`: the one of before.
+    pub network: Option<NetworkWish>,
     /// What typing detaches.
     pub detach_keys: Option<String>,
 }
@@ -62,6 +64,17 @@ pub fn restore(
             return Err(Error::Usage("-p: the container that was saved has no network of passt".into()));
         }
         options.publish.clone_from(publish);
+    }
+    if let Some(network) = &wishes.network {
+        let both = (network, &options.network);
+        if !matches!(both, (NetworkWish::Namespace(_), NetworkWish::Namespace(_))) {
+            return Err(Error::Usage(
+                "--network: a container that was saved in a network namespace can go on in another one (ns:PATH); the \
+                 others keep the network that they had"
+                    .into(),
+            ));
+        }
+        options.network.clone_from(network);
     }
     let keys = DetachKeys::parse(options.detach_keys.as_deref().unwrap_or(DEFAULT_DETACH_KEYS))?;
     if options.tty && !options.detach && options.interactive && !terminal::stdin_is_terminal() {

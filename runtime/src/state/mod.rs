@@ -15,7 +15,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
-use crate::network::{self, NetworkWish};
+use crate::network::{self, Network, NetworkWish};
 use crate::options::RunOptions;
 use crate::{Context, Error, Layout, Result, jail, names};
 pub use reservation::Reservation;
@@ -100,6 +100,9 @@ pub struct Record {
     /// What the guest's agent knows the container by, where that is not its id: in a copy of another's machine, that one's.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub guest_id: String,
+    /// The network that its guest was given, once there is one.
+    #[serde(default)]
+    pub given: Network,
 }
 
 /// Version of [`Record`] that this build writes and reads.
@@ -465,6 +468,7 @@ mod tests {
             monitor_pid: 1,
             kernel: String::new(),
             guest_id: String::new(),
+            given: Network::default(),
         }
     }
 

@@ -60,6 +60,9 @@ impl Supervisor {
             |copy| copy.saved.shape.clone(),
         );
         let links = links(record, settings)?;
+        if let (Some(copy), NetworkWish::Namespace(namespace)) = (copy, &record.options.network) {
+            links.network.can_follow(&copy.saved.record.given, namespace)?;
+        }
         if record.options.network.is_some() {
             trace::mark("network joined");
         }
@@ -94,6 +97,7 @@ impl Supervisor {
         // The monitor has the descriptors now, and the taps are to end with it alone.
         drop(links.fds);
         self.network = links.network;
+        self.plan.record.given.clone_from(&self.network);
         trace::mark("monitor spawned");
         self.plan.record.monitor_pid = monitor.pid();
         self.plan.record.save(&self.plan.files)?;

@@ -3,12 +3,13 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use bulkhead_protocol::agent::{ConfigureRequest, Empty, ResizeTerminalRequest, Stdio};
+use bulkhead_protocol::agent::{Empty, ResizeTerminalRequest, Stdio};
 use vmm::devices::virtio::block::backup;
 use vmm::snapshot::DISK;
 
 use super::Supervisor;
 use crate::guest::{self, Agent};
+use crate::network::{Network, NetworkWish};
 use crate::relay::{Ends, Relay, Streams};
 use crate::snapshot::{MACHINE, Saved};
 use crate::{Context, Error, Result, logs, trace};
@@ -53,8 +54,16 @@ impl Copy {
 impl Supervisor {
     /// Makes the guest itself rather than a copy, gives the container its streams, and lets it go on.
     pub(super) fn go_on(&mut self, agent: &mut Agent, copy: &Copy) -> Result<Relay> {
-        // Entropy and clock, before anything of the container runs. Its host name and network are as they were.
-        guest::configure(agent, ConfigureRequest::default())?;
+        // Entropy and clock, before anything of the container runs. Its host name is as it was.
+        match &self.plan.record.options.network {
+            NetworkWish::Namespace(_) => {
+                guest::reconfigure(agent, &copy.saved.record.given, &self.network, Vec::new())?;
+            }
+            // passt gives it the addresses that it had.
+            NetworkWish::None | NetworkWish::Passt => {
+                guest::reconfigure(agent, &Network::default(), &Network::default(), Vec::new())?;
+            }
+        }
         let super::Plan { record, files, ends, .. } = &mut self.plan;
         let options = &record.options;
         let stdio = Stdio { stdin: options.interactive, stdout: true, stderr: !options.tty };

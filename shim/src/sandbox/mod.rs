@@ -96,7 +96,8 @@ impl<B: Backend<More = More, Stats = Value>> Service<B> {
         if self.slot.0.set(known).is_err() && !self.slot.is(&id) {
             return Err(Error::AlreadyExists("this shim has another sandbox".into()));
         }
-        let more = More { rootfs: Vec::new(), systemd_cgroup: pod.systemd_cgroup() };
+        let systemd_cgroup = pod.systemd_cgroup();
+        let more = More { systemd_cgroup, ..More::default() };
         self.tasks.create(&Create { id, bundle, stdio: Stdio::default(), more }).map(drop)
     }
 

@@ -9,7 +9,7 @@ use prost::Message as _;
 
 use super::*;
 use crate::reap::Exit;
-use crate::tasks::{Made, Streams};
+use crate::tasks::{Checkpoint, Made, Streams};
 
 /// A pod that ends when it is told to.
 #[derive(Default)]
@@ -67,6 +67,10 @@ impl Backend for Fake {
     }
 
     fn resume(&self, _: &str) -> anyhow::Result<()> {
+        bail!("nobody asks a pod for this")
+    }
+
+    fn checkpoint(&self, _: &str, _: &Checkpoint) -> anyhow::Result<()> {
         bail!("nobody asks a pod for this")
     }
 

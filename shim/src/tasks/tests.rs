@@ -102,6 +102,14 @@ impl Backend for Fake {
         self.call("resume")
     }
 
+    fn checkpoint(&self, id: &str, checkpoint: &Checkpoint) -> anyhow::Result<()> {
+        self.call("checkpoint")?;
+        if checkpoint.exit {
+            self.end(id, 137);
+        }
+        Ok(())
+    }
+
     fn update(&self, _: &str, _: &Value) -> anyhow::Result<()> {
         self.call("update")
     }
@@ -138,6 +146,7 @@ impl Rig {
             Event::Oom { .. } => "oom".into(),
             Event::Paused { .. } => "paused".into(),
             Event::Resumed { .. } => "resumed".into(),
+            Event::Checkpointed { path, .. } => format!("saved {}", path.display()),
             Event::Exit { process, exit, .. } => format!("exit {process} {}", exit.status),
             Event::Delete { .. } => "delete".into(),
         };
@@ -155,6 +164,10 @@ impl Rig {
         rig.create().unwrap();
         rig.tasks.start("c", "").unwrap();
         rig
+    }
+
+    fn save(&self, exit: bool) -> Result<()> {
+        self.tasks.checkpoint("c", &Checkpoint { path: "/i".into(), exit })
     }
 
     fn events(&self) -> String {
@@ -242,6 +255,66 @@ fn what_fails_leaves_the_state_as_it_was() {
 }
 
 #[test]
+fn a_task_is_saved_while_it_runs_or_is_suspended_and_as_often_as_one_likes() {
+    let rig = Rig::new();
+    assert!(matches!(rig.save(false), Err(Error::NotFound(_))));
+    rig.create().unwrap();
+    assert!(matches!(rig.save(false), Err(Error::Precondition(_))), "before it is started");
+    rig.tasks.start("c", "").unwrap();
+    rig.save(false).unwrap();
+    rig.tasks.add_exec("c", "e", Value::Null, Stdio::default()).unwrap();
+    rig.save(false).unwrap();
+    rig.tasks.start("c", "e").unwrap();
+    rig.save(false).unwrap();
+    assert_eq!(rig.tasks.state("c", "e").unwrap().phase, Phase::Running, "an exec goes on, too");
+    rig.tasks.suspend("c", true).unwrap();
+    rig.save(false).unwrap();
+    assert_eq!(rig.tasks.state("c", "").unwrap().phase, Phase::Paused);
+    rig.fails("checkpoint");
+    assert!(matches!(rig.save(true), Err(Error::Failed(_))));
+    rig.tasks.suspend("c", false).unwrap();
+    rig.save(true).unwrap();
+    assert_eq!(rig.tasks.wait("c", "").unwrap().status, 137);
+    assert!(matches!(rig.save(false), Err(Error::NotFound(_))), "it has ended");
+    rig.tasks.delete("c", "").unwrap();
+    let told = "create, start, saved /i, added e, saved /i, started e, saved /i, paused, saved /i, resumed, saved /i, \
+        exit c 137, delete";
+    assert_eq!(rig.events(), told);
+}
+
+#[test]
+fn one_that_is_suspended_can_end_of_being_saved() {
+    let rig = Rig::running();
+    rig.tasks.suspend("c", true).unwrap();
+    rig.save(true).unwrap();
+    assert_eq!(rig.tasks.wait("c", "").unwrap().status, 137);
+    assert!(matches!(rig.tasks.suspend("c", false), Err(Error::Precondition(_))), "it cannot go on any more");
+    assert_eq!(rig.events(), "create, start, paused, saved /i, exit c 137");
+}
+
+#[test]
+fn two_who_save_a_task_at_once_come_one_after_the_other_and_its_end_after_both() {
+    let rig = Rig::running();
+    let go = held(&rig, "checkpoint");
+    std::thread::scope(|scope| {
+        let first = scope.spawn(|| rig.save(true));
+        while lock(&rig.tasks.backend.state).waits.is_some() {
+            std::thread::yield_now();
+        }
+        let second = scope.spawn(|| rig.save(false));
+        let kill = scope.spawn(|| rig.tasks.kill("c", "", 9, false));
+        drop(go);
+        first.join().unwrap().unwrap();
+        // Its end may be known by then, or not yet.
+        let _ = (second.join().unwrap(), kill.join().unwrap());
+    });
+    rig.tasks.wait("c", "").unwrap();
+    let events = rig.events();
+    assert!(events.starts_with("create, start, saved /i"), "{events}");
+    assert!(events.ends_with("exit c 137"), "{events}");
+}
+
+#[test]
 fn a_task_that_was_never_started_can_be_deleted() {
     let rig = Rig::new();
     rig.create().unwrap();
@@ -324,7 +397,7 @@ fn all_who_wait_are_told() {
 proptest! {
     /// Whatever is called in whatever order: an end is told once, and nothing of a process is told after its end.
     #[test]
-    fn no_order_of_calls_confuses_it(calls in prop::collection::vec(0..10, 0..40)) {
+    fn no_order_of_calls_confuses_it(calls in prop::collection::vec(0..12, 0..40)) {
         let rig = Rig::new();
         for call in calls {
             match call {
@@ -337,6 +410,8 @@ proptest! {
                 6 => drop(rig.tasks.delete("c", "e")),
                 7 => drop(rig.tasks.suspend("c", true)),
                 8 => drop(rig.tasks.suspend("c", false)),
+                9 => drop(rig.save(false)),
+                10 => drop(rig.save(true)),
                 _ => rig.end("c/e", 0),
             }
         }
@@ -348,6 +423,7 @@ proptest! {
                 "start" => phase == "create",
                 "paused" => phase == "start",
                 "resumed" => phase == "paused",
+                "saved /i" => matches!(phase, "start" | "paused"),
                 "delete" => phase == "exit",
                 event if event.starts_with("exit c") => matches!(phase, "create" | "start" | "paused"),
                 _ => true,
