@@ -105,7 +105,7 @@ mod tests {
         let mut spec = serde_json::json!({"linux": {"seccomp": {"defaultAction": "SCMP_ACT_ERRNO", "syscalls":
             [{"names": ["read"], "action": "SCMP_ACT_ALLOW", "args": []}]}}});
         let filter = take(&mut spec).unwrap().unwrap();
-        assert!(filter.program.len() % 8 == 0 && spec.pointer("/linux/seccomp").is_none());
+        assert!(filter.program.len().is_multiple_of(8) && spec.pointer("/linux/seccomp").is_none());
         assert_eq!(take(&mut spec), Ok(None));
         let mut bad = serde_json::json!({"linux": {"seccomp": {"defaultAction": "SCMP_ACT_NOTIFY"}}});
         assert!(take(&mut bad).unwrap_err().starts_with("linux.seccomp: not supported"));
