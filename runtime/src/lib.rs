@@ -22,6 +22,7 @@ pub mod network;
 pub mod null;
 pub mod options;
 mod paths;
+pub mod pool;
 pub mod relay;
 pub mod scratch;
 pub mod settings;

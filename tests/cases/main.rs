@@ -33,6 +33,7 @@ mod oci_systemd;
 mod pod_figures;
 mod podman;
 mod pods;
+mod pool;
 mod real_images;
 mod run;
 mod settings;

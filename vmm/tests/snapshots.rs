@@ -200,9 +200,8 @@ fn the_guest_goes_on_while_it_is_written_and_who_goes_away_gives_it_up() {
     let (mut child, mut client) = start(&place, &large(), &more);
     let id = client.status().unwrap().disks[0].clone();
     let with_disk = |name: &str, id: &str| SnapshotRequest {
-        directory: place.path(name),
-        durable: false,
         disks: vec![id.to_owned()],
+        ..SnapshotRequest::new(place.path(name), false)
     };
     let mut states = Vec::new();
     let mut other = Client::connect(&place.path("control")).unwrap();
@@ -309,7 +308,7 @@ fn a_full_disk_leaves_the_machine_running_and_no_snapshot() {
 }
 
 fn save(directory: std::path::PathBuf) -> Method {
-    Method::Snapshot(SnapshotRequest { directory, durable: false, disks: Vec::new() })
+    Method::Snapshot(SnapshotRequest::new(directory, false))
 }
 
 #[test]

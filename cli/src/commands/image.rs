@@ -1,7 +1,7 @@
 //! `bulkhead image …`.
 
 use bulkhead_image::{Digest, LoadOptions, Progress, PruneScope, PullOptions, Source, progress};
-use bulkhead_runtime::{Error, Layout, Result, state};
+use bulkhead_runtime::{Error, Layout, Result, pool, state};
 
 use super::store;
 use crate::args::{ImageLsArgs, ImageRmArgs, ImagesArgs, LoadArgs, PruneArgs, PullArgs, TagArgs};
@@ -89,9 +89,10 @@ pub fn inspect(layout: &Layout, args: &ImagesArgs) -> Outcome {
     Ok(status)
 }
 
-/// Whether a container, running or not, was made from an image.
+/// Whether a container, running or not, was made from an image, or machines wait for such containers.
 fn in_use(layout: &Layout) -> Result<impl Fn(&Digest) -> bool + use<>> {
-    let used: Vec<String> = state::list(layout)?.into_iter().map(|record| record.image_id).collect();
+    let mut used: Vec<String> = state::list(layout)?.into_iter().map(|record| record.image_id).collect();
+    used.extend(pool::images(layout)?);
     Ok(move |id: &Digest| used.contains(&id.to_string()))
 }
 

@@ -24,7 +24,7 @@ use crate::{Context, Error, Result};
 
 pub use fork::{Forked, fork};
 pub use restore::{Wishes, restore};
-pub use take::{Summary, take};
+pub use take::{Manner, Summary, take};
 
 /// The monitor's part of a snapshot.
 pub(crate) const MACHINE: &str = "machine";

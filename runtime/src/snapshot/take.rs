@@ -1,8 +1,9 @@
 //! Saves a container that runs.
 
+use std::fs;
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use bulkhead_protocol::agent::Empty;
@@ -10,14 +11,14 @@ use rustix::event::{PollFd, PollFlags, poll};
 use vmm::control::{Client, ClientError, SnapshotRequest};
 
 use super::draft::Draft;
-use super::{Saved, VERSION};
+use super::{MACHINE, Saved, VERSION};
 use crate::guest::{Agent, Guest};
 use crate::monitor::Shape;
 use crate::network::NetworkWish;
 use crate::state::{Files, Record, now_ns};
 use crate::supervise::ends_a_program;
 use crate::terminal::Signals;
-use crate::{Error, Layout, Result, names, stop};
+use crate::{Context, Error, Layout, Result, names, stop};
 
 /// What a snapshot cost.
 #[derive(Debug)]
@@ -30,14 +31,26 @@ pub struct Summary {
     pub memory_bytes: u64,
 }
 
-/// Saves a running container to `directory`, which must not exist, with `durable` such that it survives a loss of power. The
-/// container goes on.
+/// How a container is saved.
+#[derive(Clone, Debug, Default)]
+pub struct Manner {
+    /// It survives a loss of power.
+    pub durable: bool,
+    /// Memory and disk are compressed: copies take longer to start, and have no memory in common.
+    pub compress: bool,
+    /// Another container's snapshot, or an earlier one of this: only what differs from it is written, and copies need both.
+    pub base: Option<PathBuf>,
+}
+
+/// Saves a running container to `directory`, which must not exist. The container goes on.
 ///
 /// # Errors
 /// It does not run, it has what cannot be saved, the directory cannot be written, or a signal came: nothing is left.
-pub fn take(layout: &Layout, record: &Record, directory: &Path, durable: bool) -> Result<Summary> {
+pub fn take(layout: &Layout, record: &Record, directory: &Path, manner: &Manner) -> Result<Summary> {
     stop::running(record)?;
     refuse(record)?;
+    let Manner { durable, compress, .. } = *manner;
+    let base = manner.base.as_deref().map(base).transpose()?;
     let what = || format!("cannot save container {}", names::short(&record.id));
     let failed = |source: ClientError| match source {
         ClientError::Io { source, .. } if source.kind() == io::ErrorKind::Interrupted => Error::Interrupted,
@@ -50,7 +63,7 @@ pub fn take(layout: &Layout, record: &Record, directory: &Path, durable: bool) -
     let status = client.status().map_err(failed)?;
     let mut agent = Guest::new(&files.vsock()).agent()?;
     let disks = status.disks.into_iter().filter(|id| id == "scratch").collect();
-    let request = SnapshotRequest { directory: draft.machine(), durable, disks };
+    let request = SnapshotRequest { disks, compress, base, ..SnapshotRequest::new(draft.machine(), durable) };
 
     let start = Instant::now();
     let _: Empty =
@@ -75,6 +88,13 @@ pub fn take(layout: &Layout, record: &Record, directory: &Path, durable: bool) -
     draft.finish(&saved, durable)?;
     Signals::unblock();
     Ok(Summary { pause: pause?, machine_pause_ns: taken.pause_ns, memory_bytes: taken.memory_bytes })
+}
+
+/// The machine's part of the snapshot in `directory`.
+fn base(directory: &Path) -> Result<PathBuf> {
+    Saved::load(directory)?;
+    let found = fs::canonicalize(directory.join(MACHINE));
+    found.context(|| format!("cannot take the difference from {}", directory.display()))
 }
 
 /// What a copy could not have.

@@ -45,7 +45,7 @@ pub struct Machine {
     timeline: Arc<Timeline>,
     memory: Arc<GuestMemory>,
     /// What of memory was mapped from a snapshot.
-    base: Vec<Extent>,
+    origin: Vec<Extent>,
     kvm: Kvm,
     /// Last, so that it outlives what was made of it.
     vm: VmFd,
@@ -100,13 +100,13 @@ impl Machine {
             Ok::<_, Error>((vm, exit, devices, identify(&kvm, fds, &features, entry)?))
         })?;
         let machine =
-            Self { config, vcpus: Vec::new(), devices, exit, timeline, memory, base: Vec::new(), kvm, vm };
+            Self { config, vcpus: Vec::new(), devices, exit, timeline, memory, origin: Vec::new(), kvm, vm };
         Ok(machine.with_vcpus(fds))
     }
 
     /// A machine that goes on from a snapshot: the same steps, with less to do in each.
     fn restore(config: Config, opened: Opened, timeline: Arc<Timeline>, kvm: Kvm) -> Result<Self> {
-        let Opened { snapshot, memory: file, .. } = &opened;
+        let Opened { snapshot, .. } = &opened;
         opened.fits_shape(&config.machine)?;
         let soon = &working_set::read(&opened.directory, snapshot);
         let memory = Arc::new(memory::create(snapshot.memory_bytes, backing(&config))?);
@@ -114,11 +114,11 @@ impl Machine {
             let (done, mapped) = mpsc::channel();
             let (made, vm_is_made) = mpsc::channel();
             let mapper = thread::Builder::new().name("mapper".into());
-            let (memory, kvm, marks) = (&memory, &kvm, &timeline);
+            let (memory, kvm, marks, opened) = (&memory, &kvm, &timeline, &opened);
             let features = mapper
                 .spawn_scoped(scope, move || {
                     // Nobody receives it when this machine has failed otherwise.
-                    let _ = done.send(crate::snapshot::memory::fill(memory, file, &snapshot.extents));
+                    let _ = done.send(opened.fill(memory));
                     let features = cpuid::supported(kvm);
                     // Not earlier: a processor that is busy in the kernel keeps the host's RCU waiting.
                     if !soon.is_empty() && vm_is_made.recv().is_ok() {
@@ -131,8 +131,7 @@ impl Machine {
             let vm = kvm.create_vm().map_err(Error::kvm("create a virtual machine"))?;
             let _ = made.send(());
             // The sender goes without a word only when its thread panics, which joining it tells.
-            let mapped = mapped.recv().unwrap_or(Ok(()));
-            mapped.map_err(Error::os("map the snapshot's memory"))?;
+            mapped.recv().unwrap_or(Ok(()))?;
             memory::register(&vm, memory)?;
             create_interrupt_controller(&vm)?;
             timeline.mark("memory");
@@ -150,8 +149,8 @@ impl Machine {
             Ok::<_, Error>((vm, exit, devices, fds?))
         })?;
         devices.wake();
-        let base = snapshot.extents.clone();
-        let machine = Self { config, vcpus: Vec::new(), devices, exit, timeline, memory, base, kvm, vm };
+        let origin = opened.extents();
+        let machine = Self { config, vcpus: Vec::new(), devices, exit, timeline, memory, origin, kvm, vm };
         Ok(machine.with_vcpus(fds))
     }
 
@@ -185,7 +184,7 @@ impl Machine {
     /// # Errors
     /// When threads or sockets cannot be had.
     pub fn run(self) -> Result<(Outcome, Report)> {
-        let Self { config, vcpus, devices, exit, timeline, memory, base, kvm, vm } = self;
+        let Self { config, vcpus, devices, exit, timeline, memory, origin, kvm, vm } = self;
         let devices = Arc::new(devices);
         let mut events = EventLoop::new()?;
         for device in &devices.virtio {
@@ -209,7 +208,7 @@ impl Machine {
                 exit: exit.clone(),
                 timeline: Arc::clone(&timeline),
                 memory,
-                base,
+                origin,
                 insertions: BTreeMap::new(),
                 kvm,
                 vm,
@@ -269,7 +268,7 @@ pub struct Running {
     /// For snapshots, as the rest.
     pub memory: Arc<GuestMemory>,
     /// What of it was mapped from a snapshot.
-    pub base: Vec<Extent>,
+    pub origin: Vec<Extent>,
     /// The disks that were put into drives, by the drive's number.
     insertions: BTreeMap<usize, u64>,
     kvm: Kvm,

@@ -7,7 +7,7 @@
 mod part;
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
@@ -17,9 +17,11 @@ use serde::{Deserialize, Serialize};
 use super::Running;
 use crate::arch::state::{VmState, msr_indices};
 use crate::config::MachineConfig;
+use crate::devices::virtio::block::backup::Manner;
 use crate::error::{Error, Result};
 use crate::memory::Backing;
-use crate::snapshot::{DISK, Draft, Identity, Opened, Snapshot, working_set};
+use crate::snapshot::disk::Saved;
+use crate::snapshot::{DISK, Draft, Form, Identity, Opened, Snapshot, working_set};
 use crate::timeline::now_ns;
 use part::{Copied, Part};
 
@@ -35,6 +37,19 @@ pub struct SnapshotRequest {
     /// Names of disks to copy into it, as they are at that moment: disk ID becomes the file `disk-ID`.
     #[serde(default)]
     pub disks: Vec<String>,
+    /// Whether memory and disks are compressed. They are decompressed whole whenever a machine goes on from it.
+    #[serde(default)]
+    pub compress: bool,
+    /// Absolute path of another snapshot: only what differs from it is written, and both are needed to go on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<PathBuf>,
+}
+
+impl SnapshotRequest {
+    /// A whole snapshot, not compressed, without disks.
+    pub fn new(directory: PathBuf, durable: bool) -> Self {
+        Self { directory, durable, disks: Vec::new(), compress: false, base: None }
+    }
 }
 
 fn yes() -> bool {
@@ -78,11 +93,15 @@ impl Running {
     /// When a device cannot be saved, a vCPU does not stop, or the directory cannot be written. The machine goes on, and
     /// nothing is left.
     pub fn save(&self, request: &SnapshotRequest) -> Result<Saving> {
-        if !request.directory.is_absolute() {
-            return Err(Error::Config(format!(
-                "the snapshot's directory {:?} is no absolute path",
-                request.directory
-            )));
+        for path in [Some(&request.directory), request.base.as_ref()].into_iter().flatten() {
+            if !path.is_absolute() {
+                return Err(Error::Config(format!("the snapshot's directory {path:?} is no absolute path")));
+            }
+        }
+        // Read before the guest stands still.
+        let base = request.base.as_deref().map(Opened::open).transpose()?;
+        if let Some(base) = &base {
+            base.fits_shape(&self.config.machine)?;
         }
         let draft = Draft::begin(&request.directory, request.durable)?;
         let taken = Taken { pause_ns: 0, memory_bytes: 0, disks: Vec::new() };
@@ -90,7 +109,7 @@ impl Running {
         let stood = self.vcpus.paused();
         let start = now_ns();
         let begun = if self.vcpus.pause() {
-            let begun = self.begin(&mut saving, &request.disks, stood);
+            let begun = self.begin(&mut saving, request, base.as_ref(), stood);
             self.devices.saved();
             begun
         } else {
@@ -104,10 +123,18 @@ impl Running {
     }
 
     /// All that has to be done while the guest stands still.
-    fn begin(&self, saving: &mut Saving, disks: &[String], stood: bool) -> Result<()> {
+    fn begin(
+        &self,
+        saving: &mut Saving,
+        request: &SnapshotRequest,
+        base: Option<&Opened>,
+        stood: bool,
+    ) -> Result<()> {
         let config = serde_json::to_string(&self.config).map_err(Error::os("encode the configuration"))?;
         let snapshot = Snapshot {
             identity: identity()?,
+            form: if request.compress { Form::Zstd } else { Form::Plain },
+            base: base.map(|base| saving.draft.difference(base)).transpose()?,
             config,
             memory_bytes: self.config.machine.memory_bytes(),
             extents: Vec::new(),
@@ -116,31 +143,37 @@ impl Running {
             // After the vCPUs, whose pending interrupts are settled by being asked.
             vm: VmState::save(&self.vm)?,
         };
-        for id in disks {
-            let part = self.copy_disk(id, &saving.draft)?;
+        for id in &request.disks {
+            let part = self.copy_disk(id, &saving.draft, request.compress, base)?;
             saving.parts.push(part);
         }
         let Saving { draft, .. } = &*saving;
         // Who has the machine standing still anyway saves nothing by a child, and a child nothing where memory is shared.
         let part = if stood || super::backing(&self.config) == Backing::Shared {
-            let written = draft.write(snapshot, &self.memory, &self.base);
+            let written = draft.write(snapshot, &self.memory, &self.origin, base);
             Part::done(written.map_err(|source| draft.failed(source))?)
         } else {
-            Part::fork(|| draft.write(snapshot, &self.memory, &self.base))
+            Part::fork(|| draft.write(snapshot, &self.memory, &self.origin, base))
                 .map_err(Error::os("fork a child that writes the guest's memory"))?
         };
         saving.parts.push(part);
         Ok(())
     }
 
-    fn copy_disk(&self, id: &str, draft: &Draft) -> Result<Part> {
+    fn copy_disk(&self, id: &str, draft: &Draft, compress: bool, base: Option<&Opened>) -> Result<Part> {
         let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
         let drives = self.devices.virtio.iter().filter_map(|device| device.drive());
         let found = drives.into_iter().find(|(name, _)| name == id && name.chars().all(plain));
         let (_, disk) =
             found.ok_or_else(|| Error::Config(format!("the machine has no disk {id:?} to copy")))?;
         let source = |source| Error::Input { what: "disk to copy", path: draft.path(id), source };
-        let backup = disk.backup(&draft.path(&format!("{DISK}{id}"))).map_err(source)?;
+        // A base without the disk is none for it.
+        let base = match base.map(|base| Saved::open(base, id)) {
+            Some(Err(error)) if error.kind() == ErrorKind::NotFound => None,
+            base => base.transpose().map_err(source)?,
+        };
+        let manner = Manner { compress, base };
+        let backup = disk.backup(&draft.path(&format!("{DISK}{id}")), manner).map_err(source)?;
         Part::copy(id, disk, backup, draft.durable()).map_err(Error::os("start a thread that copies a disk"))
     }
 }

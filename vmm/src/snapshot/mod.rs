@@ -3,13 +3,16 @@
 //! | file | what |
 //! |---|---|
 //! | `state` | everything but memory: see [`Snapshot`] and, for its form, [`mod@file`] |
-//! | `memory` | the guest's memory, see [`mod@memory`] |
+//! | `memory`, or `memory.zst` | the guest's memory, see [`mod@memory`] |
+//! | `disk-ID`, or `disk-ID.packed` | disks' copies, see [`mod@disk`] |
 //! | `working-set` | perhaps: which of it is written to first, see [`mod@working_set`] |
 //!
 //! The directory appears under its name when it is complete, never before. docs/snapshots.md says what is compatible with
 //! what.
 
+pub mod disk;
 pub mod file;
+pub mod frame;
 pub mod memory;
 pub mod working_set;
 
@@ -23,13 +26,17 @@ use serde::{Deserialize, Serialize};
 use crate::arch::state::{VcpuState, VmState};
 use crate::devices::virtio::mmio::TransportState;
 use crate::error::{Error, Result};
-use crate::memory::GuestMemory;
+use crate::memory::{Backing, GuestMemory};
 pub use memory::Extent;
 
 /// Name of the file with everything but memory.
 pub const STATE: &str = "state";
 /// Name of the file with memory.
 pub const MEMORY: &str = "memory";
+/// Name of the file with memory that is compressed.
+pub const MEMORY_ZSTD: &str = "memory.zst";
+/// Most snapshots that one is made of: itself, the one that it is a difference from, and so on.
+pub const MAX_CHAIN: usize = 32;
 /// How the names of disks' copies begin; the rest is the disk's name.
 pub const DISK: &str = "disk-";
 /// What is appended to a snapshot's name while it is written.
@@ -38,16 +45,53 @@ pub const PARTIAL: &str = ".partial";
 /// Says which memory belongs to which state.
 pub type Identity = [u8; 16];
 
+/// How memory is kept.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Form {
+    /// As it is: a machine that goes on maps it.
+    #[default]
+    Plain,
+    /// Compressed: a machine that goes on gets it decompressed into memory of its own.
+    Zstd,
+}
+
+impl Form {
+    /// The name of the file that memory is in.
+    pub fn file(self) -> &'static str {
+        match self {
+            Self::Plain => MEMORY,
+            Self::Zstd => MEMORY_ZSTD,
+        }
+    }
+}
+
+/// The snapshot that another is a difference from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Base {
+    /// Its own.
+    pub identity: Identity,
+    /// CRC-32 (ISO-HDLC) of its file `state`.
+    pub state: u32,
+    /// Where it was when seen from this one's directory, so that both can be moved together.
+    pub relative: PathBuf,
+    /// Where it was.
+    pub absolute: PathBuf,
+}
+
 /// Everything but the content of memory.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Snapshot {
     /// The memory file has it too.
     pub identity: Identity,
+    /// How memory is kept.
+    pub form: Form,
+    /// What it is a difference from; none: it is whole.
+    pub base: Option<Base>,
     /// The configuration of the machine it was taken of, as JSON.
     pub config: String,
     /// Size of guest memory in bytes.
     pub memory_bytes: u64,
-    /// Where in it anything but zeros is.
+    /// Where in it anything but zeros is, or what differs from the base.
     pub extents: Vec<Extent>,
     /// What the processors share.
     pub vm: VmState,
@@ -64,26 +108,115 @@ pub struct Opened {
     pub directory: PathBuf,
     /// Its state, read whole and found undamaged.
     pub snapshot: Snapshot,
-    /// Its memory, found to belong to it and to be of the right length.
+    /// Its memory, found to belong to it and to be of the right length; what is compressed, when it is read.
     pub memory: File,
+    /// What it is a difference from.
+    pub below: Option<Box<Self>>,
+    /// CRC-32 of its state.
+    checksum: u32,
 }
 
 impl Opened {
-    /// Opens and checks the snapshot in `directory`.
+    /// Opens and checks the snapshot in `directory`, and all that it is a difference from.
     ///
     /// # Errors
     /// When a file is missing, damaged, of another version, or not of this snapshot.
     pub fn open(directory: &Path) -> Result<Self> {
+        Self::open_with(directory, MAX_CHAIN)
+    }
+
+    /// `most`: so many may it be made of.
+    fn open_with(directory: &Path, most: usize) -> Result<Self> {
         let bad = |why: String| Error::Snapshot { directory: directory.to_owned(), why };
         let path = directory.join(STATE);
         let bytes = file::read(&path).map_err(|source| missing("state of the snapshot", path, source))?;
         let snapshot: Snapshot = file::decode(&bytes).map_err(|error| bad(error.to_string()))?;
         memory::check(&snapshot).map_err(bad)?;
-        let path = directory.join(MEMORY);
+        let path = directory.join(snapshot.form.file());
         let memory = File::open(&path).map_err(|source| missing("memory of the snapshot", path, source))?;
         memory::check_file(&memory, &snapshot).map_err(bad)?;
-        Ok(Self { directory: directory.to_owned(), snapshot, memory })
+        let below = match &snapshot.base {
+            Some(_) if most <= 1 => {
+                return Err(bad(format!(
+                    "it is a difference from more than {MAX_CHAIN} others, one of the next"
+                )));
+            }
+            Some(base) => Some(Box::new(base.open(directory, snapshot.memory_bytes, most - 1)?)),
+            None => None,
+        };
+        let checksum = crc32fast::hash(&bytes);
+        Ok(Self { directory: directory.to_owned(), snapshot, memory, below, checksum })
     }
+
+    /// Gives `guest`, which is new, the memory of the snapshot.
+    ///
+    /// # Errors
+    /// When a file cannot be mapped or read, or is damaged.
+    pub fn fill(&self, guest: &GuestMemory) -> Result<()> {
+        if let Some(below) = &self.below {
+            below.fill(guest)?;
+        }
+        let Snapshot { form, extents, identity, .. } = &self.snapshot;
+        let filled = match form {
+            Form::Plain => memory::fill(guest, &self.memory, extents),
+            Form::Zstd => memory::fill_compressed(guest, &self.memory, extents, identity),
+        };
+        filled.map_err(|error| match error.kind() {
+            io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof => Error::Snapshot {
+                directory: self.directory.clone(),
+                why: format!("its memory is damaged: {error}"),
+            },
+            _ => Error::os("map the snapshot's memory")(error),
+        })
+    }
+
+    /// Where anything but zeros can be in its memory; pieces may overlap.
+    pub fn extents(&self) -> Vec<Extent> {
+        let mut extents = self.below.as_ref().map(|below| below.extents()).unwrap_or_default();
+        extents.extend(&self.snapshot.extents);
+        extents
+    }
+
+    /// It as what a snapshot that will be in `directory` is a difference from. `None`: too many are below it.
+    fn as_base(&self, directory: &Path) -> Option<Base> {
+        let depth = std::iter::successors(Some(self), |opened| opened.below.as_deref()).count();
+        (depth < MAX_CHAIN).then(|| Base {
+            identity: self.snapshot.identity,
+            state: self.checksum,
+            relative: relative(directory, &self.directory),
+            absolute: self.directory.clone(),
+        })
+    }
+}
+
+impl Base {
+    /// Opens it, as seen from the snapshot in `directory`, which has `memory_bytes`.
+    fn open(&self, directory: &Path, memory_bytes: u64, most: usize) -> Result<Opened> {
+        let bad = |why: String| Error::Snapshot { directory: directory.to_owned(), why };
+        let beside = directory.join(&self.relative);
+        let place = [&beside, &self.absolute].into_iter().find(|place| place.join(STATE).exists());
+        let place = place.ok_or_else(|| {
+            bad(format!(
+                "it has only the difference from the snapshot {}, which is not there",
+                self.absolute.display()
+            ))
+        })?;
+        let opened = Opened::open_with(place, most)?;
+        let same = opened.snapshot.identity == self.identity
+            && opened.checksum == self.state
+            && opened.snapshot.memory_bytes == memory_bytes;
+        if same {
+            return Ok(opened);
+        }
+        Err(bad(format!("it is the difference from another snapshot than the one in {}", place.display())))
+    }
+}
+
+/// The way from one directory to another; both absolute.
+fn relative(from: &Path, to: &Path) -> PathBuf {
+    let common = from.components().zip(to.components()).take_while(|(a, b)| a == b).count();
+    let up = from.components().skip(common).map(|_| std::path::Component::ParentDir);
+    up.chain(to.components().skip(common)).collect()
 }
 
 fn missing(what: &'static str, path: PathBuf, source: io::Error) -> Error {
@@ -134,23 +267,51 @@ impl Draft {
         self.durable
     }
 
-    /// Writes memory and state. `snapshot` has everything but extents; `base` is what of memory was mapped from an earlier snapshot.
-    /// Answers how many bytes of memory it holds.
+    /// Writes memory and state. `snapshot` has everything but extents and base; `origin` is what of memory was mapped from an
+    /// earlier snapshot. With `base`, only what differs from that is written. Answers how many bytes of memory it holds.
     ///
     /// # Errors
     /// When they cannot be written.
-    pub fn write(&self, mut snapshot: Snapshot, guest: &GuestMemory, base: &[Extent]) -> io::Result<u64> {
+    pub fn write(
+        &self,
+        mut snapshot: Snapshot,
+        guest: &GuestMemory,
+        origin: &[Extent],
+        base: Option<&Opened>,
+    ) -> io::Result<u64> {
         let create = |name| File::options().write(true).create_new(true).mode(0o600).open(self.path(name));
-        let memory = create(MEMORY)?;
-        snapshot.extents = memory::write(guest, base, &memory, &snapshot.identity)?;
+        let below = base.map(|base| {
+            let memory = crate::memory::create(snapshot.memory_bytes, Backing::Private);
+            let memory = memory.map_err(|error| io::Error::other(error.to_string()))?;
+            base.fill(&memory).map_err(|error| io::Error::other(error.to_string()))?;
+            Ok::<_, io::Error>(memory::Base { memory, extents: base.extents() })
+        });
+        let below = below.transpose()?;
+        let file = create(snapshot.form.file())?;
+        let Snapshot { form, identity, .. } = &snapshot;
+        snapshot.extents = memory::write(guest, origin, below.as_ref(), *form, &file, identity)?;
         let bytes = snapshot.extents.iter().map(|extent| extent.length).sum();
         let mut state = create(STATE)?;
         state.write_all(&file::encode(&snapshot)?)?;
         if self.durable {
-            memory.sync_all()?;
+            file.sync_all()?;
             state.sync_all()?;
         }
         Ok(bytes)
+    }
+
+    /// What a snapshot in this place that is a difference from `base` says of it.
+    ///
+    /// # Errors
+    /// When it cannot be one.
+    pub fn difference(&self, base: &Opened) -> Result<Base> {
+        base.as_base(&self.directory).ok_or_else(|| Error::Snapshot {
+            directory: self.directory.clone(),
+            why: format!(
+                "it would be a difference from {MAX_CHAIN} others, one of the next: take a whole one, or name one of those \
+                 as its base"
+            ),
+        })
     }
 
     /// Gives the directory its name: it is complete.
@@ -187,7 +348,7 @@ fn unwritten(directory: &Path, source: io::Error) -> Error {
 /// Removes what a monitor that was killed half-way has left; somebody else's directory of that name stays.
 fn sweep(partial: &Path) {
     let Ok(entries) = fs::read_dir(partial) else { return };
-    let ours = |name: &str| name == STATE || name == MEMORY || name.starts_with(DISK);
+    let ours = |name: &str| [STATE, MEMORY, MEMORY_ZSTD].contains(&name) || name.starts_with(DISK);
     let paths: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
     if paths.iter().all(|path| path.file_name().and_then(|name| name.to_str()).is_some_and(ours)) {
         let _ = fs::remove_dir_all(partial);
@@ -210,6 +371,8 @@ pub(crate) mod tests {
     pub(crate) fn snapshot(memory_bytes: u64, extents: Vec<Extent>) -> Snapshot {
         Snapshot {
             identity: [7; 16],
+            form: Form::Plain,
+            base: None,
             config: "{}".into(),
             memory_bytes,
             extents,
@@ -221,7 +384,7 @@ pub(crate) mod tests {
 
     fn write(directory: &Path, snapshot: Snapshot, guest: &GuestMemory) -> Result<()> {
         let draft = Draft::begin(directory, true)?;
-        draft.write(snapshot, guest, &[]).map_err(|source| draft.failed(source))?;
+        draft.write(snapshot, guest, &[], None).map_err(|source| draft.failed(source))?;
         draft.finish()
     }
 
