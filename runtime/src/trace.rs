@@ -68,12 +68,14 @@ pub fn write(monitor: Option<&Value>) {
     if path.as_os_str() == "1" {
         path = env::temp_dir().join(format!("bulkhead-trace-{}.json", std::process::id()));
     }
+    // What a machine that waited in a pool did before is no part of the start.
+    let begun = marks.first().map_or(0, |&(_, ns)| ns);
     let ours = marks.into_iter().map(|(name, ns)| ("bulkhead", name.into_owned(), ns));
     let monitor = monitor.and_then(Value::as_array);
     let theirs = monitor.into_iter().flatten().filter_map(|mark| {
         Some(("monitor", mark.get("event")?.as_str()?.to_owned(), mark.get("ns")?.as_u64()?))
     });
-    let mut all: Vec<_> = ours.chain(theirs).collect();
+    let mut all: Vec<_> = ours.chain(theirs.filter(|&(_, _, ns)| ns >= begun)).collect();
     all.sort_by_key(|&(_, _, ns)| ns);
     let first = all.first().map_or(0, |&(_, _, ns)| ns);
     let mut before = first;

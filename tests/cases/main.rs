@@ -38,6 +38,7 @@ mod real_images;
 mod run;
 mod settings;
 mod shim;
+mod snapshot_forms;
 mod snapshots;
 mod templates;
 mod terminal;

@@ -38,7 +38,7 @@ fn warm(host: &Host, count: u32, options: &[&str]) -> Result<String> {
 }
 
 /// Runs a container; tells whether its machine waited for it.
-fn traced(host: &Host, options: &[&str], script: &str) -> Result<(Finished, bool)> {
+pub fn traced(host: &Host, options: &[&str], script: &str) -> Result<(Finished, bool)> {
     let trace = host.work().join("trace.json");
     let mut words = vec!["run", "--rm"];
     words.extend(options);

@@ -13,7 +13,7 @@ use super::control::{self, Ask};
 use super::waiter::{self, Goods, Word};
 use super::{Place, Record, Status, Wishes, kind};
 use crate::launch::become_supervisor;
-use crate::state::{now_ns, private_dir};
+use crate::state::{self, now_ns, private_dir};
 use crate::supervise::Wire;
 use crate::{Artefacts, Context, Error, Layout, Result, Settings};
 
@@ -348,6 +348,9 @@ impl Keeper {
             false
         });
         if lost > 0 {
+            // One that was killed has cleared nothing away.
+            super::forget_dead(&self.layout);
+            let _ = state::list(&self.layout);
             self.failed(None);
         }
     }

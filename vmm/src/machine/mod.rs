@@ -139,7 +139,7 @@ impl Machine {
             // Nobody reads it: the guest found its devices long ago.
             let mut unread = kernel_cmdline(&BootConfig::default())?;
             let devices = Devices::build(&config, &vm, memory, &exit, &timeline, &mut unread)?;
-            devices.restore(&opened)?;
+            devices.restore(opened)?;
             timeline.mark("devices");
 
             snapshot.vm.restore(&vm)?;

@@ -21,7 +21,7 @@ use crate::devices::virtio::block::backup::Manner;
 use crate::error::{Error, Result};
 use crate::memory::Backing;
 use crate::snapshot::disk::Saved;
-use crate::snapshot::{DISK, Draft, Form, Identity, Opened, Snapshot, working_set};
+use crate::snapshot::{DISK, Draft, Form, Identity, Opened, Snapshot, memory, working_set};
 use crate::timeline::now_ns;
 use part::{Copied, Part};
 
@@ -100,16 +100,16 @@ impl Running {
         }
         // Read before the guest stands still.
         let base = request.base.as_deref().map(Opened::open).transpose()?;
-        if let Some(base) = &base {
-            base.fits_shape(&self.config.machine)?;
-        }
+        let before =
+            base.as_ref().map(|base| base.fits_shape(&self.config.machine).and_then(|()| base.to_base()));
+        let before = before.transpose()?;
         let draft = Draft::begin(&request.directory, request.durable)?;
         let taken = Taken { pause_ns: 0, memory_bytes: 0, disks: Vec::new() };
         let mut saving = Saving { parts: Vec::new(), draft, taken };
         let stood = self.vcpus.paused();
         let start = now_ns();
         let begun = if self.vcpus.pause() {
-            let begun = self.begin(&mut saving, request, base.as_ref(), stood);
+            let begun = self.begin(&mut saving, request, base.as_ref().zip(before.as_ref()), stood);
             self.devices.saved();
             begun
         } else {
@@ -127,9 +127,10 @@ impl Running {
         &self,
         saving: &mut Saving,
         request: &SnapshotRequest,
-        base: Option<&Opened>,
+        base: Option<(&Opened, &memory::Base)>,
         stood: bool,
     ) -> Result<()> {
+        let (base, before) = base.unzip();
         let config = serde_json::to_string(&self.config).map_err(Error::os("encode the configuration"))?;
         let snapshot = Snapshot {
             identity: identity()?,
@@ -150,10 +151,10 @@ impl Running {
         let Saving { draft, .. } = &*saving;
         // Who has the machine standing still anyway saves nothing by a child, and a child nothing where memory is shared.
         let part = if stood || super::backing(&self.config) == Backing::Shared {
-            let written = draft.write(snapshot, &self.memory, &self.origin, base);
+            let written = draft.write(snapshot, &self.memory, &self.origin, before);
             Part::done(written.map_err(|source| draft.failed(source))?)
         } else {
-            Part::fork(|| draft.write(snapshot, &self.memory, &self.origin, base))
+            Part::fork(|| draft.write(snapshot, &self.memory, &self.origin, before))
                 .map_err(Error::os("fork a child that writes the guest's memory"))?
         };
         saving.parts.push(part);

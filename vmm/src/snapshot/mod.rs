@@ -177,6 +177,16 @@ impl Opened {
         extents
     }
 
+    /// Its memory, for another to be compared with.
+    ///
+    /// # Errors
+    /// As [`Self::fill`].
+    pub fn to_base(&self) -> Result<memory::Base> {
+        let memory = crate::memory::create(self.snapshot.memory_bytes, Backing::Private)?;
+        self.fill(&memory)?;
+        Ok(memory::Base { memory, extents: self.extents() })
+    }
+
     /// It as what a snapshot that will be in `directory` is a difference from. `None`: too many are below it.
     fn as_base(&self, directory: &Path) -> Option<Base> {
         let depth = std::iter::successors(Some(self), |opened| opened.below.as_deref()).count();
@@ -277,19 +287,12 @@ impl Draft {
         mut snapshot: Snapshot,
         guest: &GuestMemory,
         origin: &[Extent],
-        base: Option<&Opened>,
+        base: Option<&memory::Base>,
     ) -> io::Result<u64> {
         let create = |name| File::options().write(true).create_new(true).mode(0o600).open(self.path(name));
-        let below = base.map(|base| {
-            let memory = crate::memory::create(snapshot.memory_bytes, Backing::Private);
-            let memory = memory.map_err(|error| io::Error::other(error.to_string()))?;
-            base.fill(&memory).map_err(|error| io::Error::other(error.to_string()))?;
-            Ok::<_, io::Error>(memory::Base { memory, extents: base.extents() })
-        });
-        let below = below.transpose()?;
         let file = create(snapshot.form.file())?;
         let Snapshot { form, identity, .. } = &snapshot;
-        snapshot.extents = memory::write(guest, origin, below.as_ref(), *form, &file, identity)?;
+        snapshot.extents = memory::write(guest, origin, base, *form, &file, identity)?;
         let bytes = snapshot.extents.iter().map(|extent| extent.length).sum();
         let mut state = create(STATE)?;
         state.write_all(&file::encode(&snapshot)?)?;
