@@ -60,6 +60,9 @@ pub enum Command {
     Restore(RestoreArgs),
     /// Make copies of a running container that go on from the same moment, each in a microVM of its own.
     Fork(ForkArgs),
+    /// Machines that are ready before anybody asks for their container.
+    #[command(subcommand)]
+    Pool(PoolCommand),
     /// Images.
     #[command(subcommand)]
     Image(ImageCommand),
@@ -163,6 +166,9 @@ pub struct RunArgs {
     /// Boot the microVM, rather than start from one that has booted.
     #[arg(long)]
     pub no_template: bool,
+    /// Make a microVM, rather than take one that waits in a pool.
+    #[arg(long)]
+    pub no_pool: bool,
     /// Image: a name, an id, or the beginning of an id.
     pub image: String,
     /// Command and arguments instead of the image's.
@@ -208,6 +214,12 @@ pub struct ExecArgs {
 
 #[derive(Debug, Args)]
 pub struct SnapshotArgs {
+    /// Compress memory and disk: a quarter of the size or less; copies take longer to start and share no memory.
+    #[arg(long)]
+    pub compress: bool,
+    /// Save only what differs from this snapshot. Copies need both; they can be moved together.
+    #[arg(long, value_name = "DIR")]
+    pub base: Option<PathBuf>,
     /// Name, id, or the beginning of an id.
     pub container: String,
     /// The directory to make.
@@ -364,6 +376,49 @@ pub struct CpArgs {
     pub from: String,
     /// `CONTAINER:PATH` or a path of the host.
     pub to: String,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum PoolCommand {
+    /// Make a pool of microVMs that wait for containers of an image, and fill it; or change how many wait.
+    Warm(WarmArgs),
+    /// List pools.
+    Ls(FormatArgs),
+    /// End pools, and all microVMs that wait in them; containers that took one run on.
+    #[command(visible_alias = "cool")]
+    Rm(CoolArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct WarmArgs {
+    /// Image: a name, an id, or the beginning of an id.
+    #[arg(long, value_name = "IMAGE")]
+    pub image: String,
+    /// How many microVMs wait.
+    #[arg(short = 'n', long, value_name = "NUMBER", default_value_t = 1)]
+    pub count: u32,
+    /// As the containers will be run.
+    #[arg(short, long, value_name = "SIZE", value_parser = parse_size)]
+    pub memory: Option<u64>,
+    /// As the containers will be run.
+    #[arg(long, value_name = "NUMBER", value_parser = parse_cpus)]
+    pub cpus: Option<u64>,
+    /// As the containers will be run.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub storage: Option<u64>,
+    /// As the containers will be run: none, or passt without published ports.
+    #[arg(long, visible_alias = "net", value_name = "NETWORK", value_parser = NetworkWish::parse)]
+    pub network: Option<NetworkWish>,
+}
+
+#[derive(Debug, Args)]
+pub struct CoolArgs {
+    /// All pools.
+    #[arg(short, long, conflicts_with = "pools")]
+    pub all: bool,
+    /// Ids, beginnings of ids, or names of images.
+    #[arg(required_unless_present = "all")]
+    pub pools: Vec<String>,
 }
 
 #[derive(Debug, Subcommand)]

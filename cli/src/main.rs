@@ -9,7 +9,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use args::{Cli, Command, ImageCommand};
+use args::{Cli, Command, ImageCommand, PoolCommand};
 use bulkhead_runtime::{Layout, Settings, trace};
 use failure::Outcome;
 
@@ -61,6 +61,9 @@ fn perform(cli: Cli) -> Outcome {
         Command::Snapshot(args) => commands::snapshot::snapshot(&layout, &args),
         Command::Restore(args) => commands::snapshot::restore(&layout, &settings, args),
         Command::Fork(args) => commands::snapshot::fork(&layout, &settings, args),
+        Command::Pool(PoolCommand::Warm(args)) => commands::pool::warm(&layout, &settings, args),
+        Command::Pool(PoolCommand::Ls(args)) => commands::pool::ls(&layout, &args),
+        Command::Pool(PoolCommand::Rm(args)) => commands::pool::rm(&layout, &args),
         Command::Image(ImageCommand::Load(args)) => commands::image::load(&layout, &args),
         Command::Image(ImageCommand::Pull(args)) => commands::image::pull(&layout, &args),
         Command::Image(ImageCommand::Ls(args)) => commands::image::ls(&layout, &args),

@@ -10,10 +10,10 @@ use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::net::SocketFlags;
 
 use crate::boot;
-use crate::container::Container;
 use crate::container::cgroup::Machine;
 use crate::container::process::Process;
 use crate::container::rootfs::Layers;
+use crate::container::{Container, Prepared};
 use crate::error::{Context, Result};
 use crate::reaper;
 use crate::rpc::Connection;
@@ -44,6 +44,8 @@ pub struct Agent {
     pub containers: BTreeMap<String, Container>,
     /// Image layers that are mounted.
     pub layers: Layers,
+    /// The root of a container that is still to come.
+    pub prepared: Option<Prepared>,
     /// The guest is being saved.
     pub suspended: Option<Suspended>,
 }
@@ -110,6 +112,7 @@ impl Agent {
             processes: BTreeMap::new(),
             containers: BTreeMap::new(),
             layers: Layers::default(),
+            prepared: None,
             suspended: None,
         };
         let add = |fd: &OwnedFd, source: Source| {

@@ -144,7 +144,9 @@ pub enum Error {
     },
 
     /// The image cannot be removed now.
-    #[error("image {id} is used by a container; remove the container first or give --force")]
+    #[error(
+        "image {id} is used by a container, or by a pool (`bulkhead pool ls`): remove that first or give --force"
+    )]
     InUse {
         /// Its id.
         id: Digest,

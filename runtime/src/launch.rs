@@ -2,10 +2,12 @@
 
 use bulkhead_image::Image;
 use rustix::event::{PollFd, PollFlags, poll};
+use serde_json::Value;
 
 use crate::monitor::Shape;
 use crate::network::Network;
 use crate::options::{RunOptions, parse_signal};
+use crate::pool;
 use crate::relay::Ends;
 use crate::shares::{Access, Shares};
 use crate::spec::{self, ProcessUser};
@@ -34,7 +36,26 @@ pub enum Launched {
     },
 }
 
-/// Makes a container from an image and runs it.
+/// What `run` was asked for, found to make sense.
+pub(crate) struct Order<'a> {
+    /// Where everything is.
+    pub layout: &'a Layout,
+    /// What it is made of.
+    pub image: &'a Image,
+    /// As the person called it.
+    pub image_name: &'a str,
+    /// Monitor, kernel, settings.
+    pub artefacts: Artefacts,
+    /// The wishes.
+    pub options: RunOptions,
+    /// The name that is wished for.
+    pub name: Option<&'a str>,
+    command: Vec<String>,
+    stop_signal: u32,
+    user: ProcessUser,
+}
+
+/// Makes a container from an image and runs it: in a machine that waits in a pool, or in one of its own.
 ///
 /// Must be called before the process has made a thread: the supervisor is a fork of it.
 ///
@@ -48,56 +69,13 @@ pub fn run(
     name: Option<&str>,
     settings: &Settings,
 ) -> Result<Launched> {
-    let artefacts = Artefacts::find(settings)?;
-    let command = spec::command(&options, image)?;
-    let keys = DetachKeys::parse(options.detach_keys.as_deref().unwrap_or(DEFAULT_DETACH_KEYS))?;
-    let stop_signal = match (&options.stop_signal, image.config.stop_signal.as_str()) {
-        (Some(signal), _) => parse_signal(signal)?,
-        (None, "") => 15,
-        (None, signal) => parse_signal(signal)?,
-    };
-    if options.tty && !options.detach && options.interactive && !terminal::stdin_is_terminal() {
-        return Err(Error::Usage("-t needs a terminal on standard input: leave -t out, or add -d".into()));
-    }
-    crate::binds::check(&options)?;
-    let policy = policy::in_force()?;
-    let mut known_as: Vec<_> = image.name.iter().cloned().collect();
-    known_as.extend(std::iter::once(image.id).chain(image.manifest).map(|digest| digest.to_string()));
-    policy.image(&known_as)?;
-    policy.wishes(&options, options.storage.unwrap_or(settings.run.storage.0))?;
-    let shape = Shape::new(options.memory, options.milli_cpus, &settings.machine);
-    policy.machine(shape.memory_mib, shape.vcpus)?;
-    Stamps::of(layout).check(&verify::layers(image))?;
-    trace::mark("image verified");
-    let user = resolve_user(image, options.user.as_deref().unwrap_or(&image.config.user))?;
-    if let Some(hostname) = &options.hostname {
-        check_hostname(hostname)?;
+    let order = Order::check(layout, image, image_name, options, name, settings)?;
+    if let Some(launched) = pool::take(&order)? {
+        return Ok(launched);
     }
     let reservation = Reservation::make(layout, name)?;
     let (files, reserved) = (reservation.files.clone(), reservation.name.clone());
-    let hostname = options.hostname.clone().unwrap_or_else(|| names::short(&reservation.id).to_owned());
-    let record = Record {
-        version: RECORD_VERSION,
-        id: reservation.id.clone(),
-        name: reservation.name.clone(),
-        image: image_name.to_owned(),
-        image_id: image.id.to_string(),
-        command: command.clone(),
-        stop_signal,
-        status: Status::Created,
-        exit: None,
-        created_ns: now_ns(),
-        started_ns: 0,
-        finished_ns: 0,
-        supervisor_pid: 0,
-        monitor_pid: 0,
-        kernel: String::new(),
-        guest_id: String::new(),
-        given: Network::default(),
-        options,
-    };
-    let launched = prepare(layout, image, &artefacts, record, user, &hostname, keys, reservation);
-    match launched {
+    match prepare(order, reservation) {
         Ok((plan, wire)) => launch(plan, wire),
         Err(error) => {
             let _ = remove_files(layout, &files, &reserved);
@@ -106,51 +84,130 @@ pub fn run(
     }
 }
 
-#[allow(clippy::too_many_arguments)]
-fn prepare(
-    layout: &Layout,
-    image: &Image,
-    artefacts: &Artefacts,
-    record: Record,
-    user: ProcessUser,
-    hostname: &str,
-    keys: DetachKeys,
-    reservation: Reservation,
-) -> Result<(Plan, Wire)> {
-    let options = &record.options;
-    let files: Files = reservation.files.clone();
-    let terminal = options.tty.then(|| terminal::size().unwrap_or((24, 80)));
-    let cwd = match (&options.workdir, image.config.working_dir.as_str()) {
-        (Some(dir), _) => dir.as_str(),
-        (None, "") => "/",
-        (None, dir) => dir,
-    };
-    if !cwd.starts_with('/') {
-        return Err(Error::Usage(format!("the working directory {cwd:?} is not an absolute path")));
+impl<'a> Order<'a> {
+    fn check(
+        layout: &'a Layout,
+        image: &'a Image,
+        image_name: &'a str,
+        options: RunOptions,
+        name: Option<&'a str>,
+        settings: &Settings,
+    ) -> Result<Self> {
+        let artefacts = Artefacts::find(settings)?;
+        let command = spec::command(&options, image)?;
+        detach_keys(&options)?;
+        let stop_signal = match (&options.stop_signal, image.config.stop_signal.as_str()) {
+            (Some(signal), _) => parse_signal(signal)?,
+            (None, "") => 15,
+            (None, signal) => parse_signal(signal)?,
+        };
+        if options.tty && !options.detach && options.interactive && !terminal::stdin_is_terminal() {
+            return Err(Error::Usage(
+                "-t needs a terminal on standard input: leave -t out, or add -d".into(),
+            ));
+        }
+        crate::binds::check(&options)?;
+        let policy = policy::in_force()?;
+        let mut known_as: Vec<_> = image.name.iter().cloned().collect();
+        known_as.extend(std::iter::once(image.id).chain(image.manifest).map(|digest| digest.to_string()));
+        policy.image(&known_as)?;
+        policy.wishes(&options, options.storage.unwrap_or(settings.run.storage.0))?;
+        let shape = Shape::new(options.memory, options.milli_cpus, &settings.machine);
+        policy.machine(shape.memory_mib, shape.vcpus)?;
+        Stamps::of(layout).check(&verify::layers(image))?;
+        trace::mark("image verified");
+        let user = resolve_user(image, options.user.as_deref().unwrap_or(&image.config.user))?;
+        if let Some(hostname) = &options.hostname {
+            check_hostname(hostname)?;
+        }
+        let order = Self { layout, image, image_name, artefacts, options, name, command, stop_signal, user };
+        if !order.cwd().starts_with('/') {
+            return Err(Error::Usage(format!(
+                "the working directory {:?} is not an absolute path",
+                order.cwd()
+            )));
+        }
+        Ok(order)
     }
-    let process = spec::process(
-        &user,
-        &record.command,
-        &spec::environment(options, &image.config.env, hostname, &user.home),
-        cwd,
-        terminal,
-        &spec::capabilities(options),
-        options,
-    );
-    let seccomp = seccomp::filter(options)?;
+
+    fn cwd(&self) -> &str {
+        match (&self.options.workdir, self.image.config.working_dir.as_str()) {
+            (Some(dir), _) => dir.as_str(),
+            (None, "") => "/",
+            (None, dir) => dir,
+        }
+    }
+
+    /// The host name of container `id`.
+    pub fn hostname(&self, id: &str) -> String {
+        self.options.hostname.clone().unwrap_or_else(|| names::short(id).to_owned())
+    }
+
+    /// The record of container `id`, which nobody runs yet.
+    pub fn record(&self, id: &str, name: &str) -> Record {
+        Record {
+            version: RECORD_VERSION,
+            id: id.to_owned(),
+            name: name.to_owned(),
+            image: self.image_name.to_owned(),
+            image_id: self.image.id.to_string(),
+            command: self.command.clone(),
+            stop_signal: self.stop_signal,
+            status: Status::Created,
+            exit: None,
+            created_ns: now_ns(),
+            started_ns: 0,
+            finished_ns: 0,
+            supervisor_pid: 0,
+            monitor_pid: 0,
+            kernel: String::new(),
+            guest_id: String::new(),
+            given: Network::default(),
+            options: self.options.clone(),
+        }
+    }
+
+    /// What the agent is to run as container `id`; `shared` is how the guest knows the directories of the host.
+    pub fn spec(&self, id: &str, shared: &[String]) -> Value {
+        let Self { options, image, user, .. } = self;
+        let hostname = self.hostname(id);
+        let process = spec::process(
+            user,
+            &self.command,
+            &spec::environment(options, &image.config.env, &hostname, &user.home),
+            self.cwd(),
+            options.tty.then(|| terminal::size().unwrap_or((24, 80))),
+            &spec::capabilities(options),
+            options,
+        );
+        spec::container(options, process, &hostname, id, shared)
+    }
+}
+
+/// The keys that detach.
+pub(crate) fn detach_keys(options: &RunOptions) -> Result<Option<DetachKeys>> {
+    let keys = DetachKeys::parse(options.detach_keys.as_deref().unwrap_or(DEFAULT_DETACH_KEYS))?;
+    Ok(options.tty.then_some(keys))
+}
+
+fn prepare(order: Order<'_>, reservation: Reservation) -> Result<(Plan, Wire)> {
+    let Order { options, artefacts, .. } = &order;
+    let files: Files = reservation.files.clone();
     private_dir(&files.run)?;
+    let seccomp = seccomp::filter(options)?;
     let (shares, shared) = share(&files, options, &artefacts.settings)?;
-    let spec = spec::container(options, process, hostname, &record.id, &shared);
+    let record = order.record(&reservation.id, &reservation.name);
+    let spec = order.spec(&record.id, &shared);
     record.save(&files)?;
     let mut ends = if options.detach { Ends::default() } else { Ends::own(options.interactive)? };
-    ends.detach_keys = options.tty.then_some(keys);
+    ends.detach_keys = detach_keys(options)?;
     let (wire, caller) = Wire::pair()?;
     let plan = Plan {
-        layout: layout.clone(),
+        layout: order.layout.clone(),
         lock: reservation.into_lock(),
-        artefacts: artefacts.clone(),
-        layers: image.layers.clone(),
-        hostname: hostname.to_owned(),
+        layers: order.image.layers.clone(),
+        hostname: order.hostname(&record.id),
+        artefacts: order.artefacts,
         files,
         record,
         spec,
@@ -204,8 +261,6 @@ fn resolve_user(image: &Image, wanted: &str) -> Result<ProcessUser> {
 /// Forks the supervisor and stands for the container until it has ended or is left alone.
 pub(crate) fn launch(mut plan: Plan, wire: Wire) -> Result<Launched> {
     let id = plan.record.id.clone();
-    let detach = plan.record.options.detach;
-    let (tty, interactive) = (plan.record.options.tty, plan.record.options.interactive);
     let signals = Signals::block()?;
     // SAFETY: the process has one thread (see `run`), so the child may go on as if nothing had happened.
     match unsafe { libc::fork() } {
@@ -226,10 +281,9 @@ pub(crate) fn launch(mut plan: Plan, wire: Wire) -> Result<Launched> {
             unsafe { libc::_exit(code.into()) }
         }
         child => {
+            let options = std::mem::take(&mut plan.record.options);
             drop(plan);
-            let raw = if tty && interactive && !detach { Raw::enter()? } else { None };
-            let result = stand_in(&wire, &signals, &id, tty, detach);
-            drop(raw);
+            let result = attend(&wire, &signals, &id, &options);
             // Reaps a supervisor that has ended; one that goes on is init's when we leave.
             let mut status = 0;
             // SAFETY: `status` is a valid place for the result.
@@ -239,8 +293,15 @@ pub(crate) fn launch(mut plan: Plan, wire: Wire) -> Result<Launched> {
     }
 }
 
+/// Stands for the container towards a person or a program until it has ended or is left alone.
+pub(crate) fn attend(wire: &Wire, signals: &Signals, id: &str, options: &RunOptions) -> Result<Launched> {
+    let RunOptions { tty, interactive, detach, .. } = *options;
+    let _raw = if tty && interactive && !detach { Raw::enter()? } else { None };
+    stand_in(wire, signals, id, tty, detach)
+}
+
 /// A session of its own: the terminal's Ctrl-C is the caller's business, its hang-up too.
-fn become_supervisor() {
+pub(crate) fn become_supervisor() {
     Signals::unblock();
     let _ = rustix::process::setsid();
     let _ = std::env::set_current_dir("/");
@@ -283,14 +344,11 @@ fn stand_in(wire: &Wire, signals: &Signals, id: &str, tty: bool, detach: bool) -
             continue;
         }
         match wire.receive::<Tell>() {
+            Some(Tell::Taken) => {}
             Some(Tell::Started) if !detach => {}
             Some(Tell::Started | Tell::Detached) => return Ok(Launched::Detached { id: id.to_owned() }),
             Some(Tell::Exited { code, error }) => return Ok(Launched::Exited { code, error }),
-            Some(Tell::Failed { status: 130, .. }) => return Err(Error::Interrupted),
-            Some(Tell::Failed { status: status @ (126 | 127), message }) => {
-                return Err(Error::CannotStart { status, message });
-            }
-            Some(Tell::Failed { message, .. }) => return Err(Error::Monitor(message)),
+            Some(Tell::Failed { status, message }) => return Err(failure(status, message)),
             None => {
                 return Err(Error::Monitor(format!(
                     "the supervisor of container {} was killed; `bulkhead ps -a` shows what is left",
@@ -298,5 +356,14 @@ fn stand_in(wire: &Wire, signals: &Signals, id: &str, tty: bool, detach: bool) -
                 )));
             }
         }
+    }
+}
+
+/// A supervisor's failure, for its caller.
+pub(crate) fn failure(status: u8, message: String) -> Error {
+    match status {
+        130 => Error::Interrupted,
+        126 | 127 => Error::CannotStart { status, message },
+        _ => Error::Monitor(message),
     }
 }

@@ -27,6 +27,7 @@ pub mod null;
 pub mod options;
 mod paths;
 pub mod policy;
+pub mod pool;
 pub mod relay;
 pub mod scratch;
 pub mod seccomp;

@@ -73,6 +73,8 @@ pub struct RunOptions {
     pub dns: Vec<IpAddr>,
     /// Boot, rather than start from a machine that has.
     pub no_template: bool,
+    /// Make a machine, rather than take one that waits in a pool.
+    pub no_pool: bool,
 }
 
 impl RunOptions {

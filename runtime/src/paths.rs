@@ -60,6 +60,18 @@ impl Layout {
         self.data.join("templates")
     }
 
+    /// Pools of machines that wait, each a directory.
+    #[must_use]
+    pub fn pools(&self) -> PathBuf {
+        self.data.join("pools")
+    }
+
+    /// Machines that wait, each a file.
+    #[must_use]
+    pub fn warm(&self) -> PathBuf {
+        self.data.join("warm")
+    }
+
     /// Formatted, empty scratch disks to copy from.
     #[must_use]
     pub fn scratch_templates(&self) -> PathBuf {

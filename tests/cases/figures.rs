@@ -79,6 +79,10 @@ fn start_beside_runc_and_crun(host: &Host) -> Result<()> {
             host.bulkhead_program(["run", "--rm", "busybox", applet, "x"]).env("BULKHEAD_TEMPLATES", switch)
         }
     };
+    host.bulkhead(["pool", "warm", "--image", "busybox", "-n", "3"])?.ok()?;
+    let pooled = measure(run("1"))?;
+    let pooled_trace = trace_of(host, run("1")("true", 0))?;
+    host.bulkhead(["pool", "rm", "--all"])?.ok()?;
     let mut rows = vec![
         ("bulkhead run, from its template", measure(run("1"))?),
         ("bulkhead run --no-template", measure(run("0"))?),
@@ -103,6 +107,7 @@ fn start_beside_runc_and_crun(host: &Host) -> Result<()> {
         })?;
         rows.push((name, times));
     }
+    rows.insert(0, ("bulkhead run, from a pool", pooled));
     let ours = &rows[0].1;
     let (first, end) = (ours.first_output.as_secs_f64(), ours.end.as_secs_f64());
     println!(
@@ -119,18 +124,27 @@ fn start_beside_runc_and_crun(host: &Host) -> Result<()> {
         );
     }
 
-    for (switch, how) in [("1", "from its template"), ("0", "booted")] {
-        let trace = host.work().join("timeline.json");
-        std::thread::sleep(REST);
-        run(switch)("true", 0).env("BULKHEAD_TRACE", &trace).run()?.ok()?;
+    let traces = [
+        ("from a pool", pooled_trace),
+        ("from its template", trace_of(host, run("1")("true", 0))?),
+        ("booted", trace_of(host, run("0")("true", 0))?),
+    ];
+    for (how, steps) in traces {
         println!(
             "\n| step of `bulkhead run --rm busybox true`, {how} | done after, ms | took, ms |\n|---|---|---|"
         );
         let mut before = 0.0;
-        for (name, at) in timeline(&trace)? {
+        for (name, at) in steps {
             println!("| {name} | {at:.2} | {:.2} |", at - before);
             before = at;
         }
     }
     Ok(())
+}
+
+fn trace_of(host: &Host, program: Program) -> Result<Vec<(String, f64)>> {
+    let trace = host.work().join("timeline.json");
+    std::thread::sleep(REST);
+    program.env("BULKHEAD_TRACE", &trace).run()?.ok()?;
+    timeline(&trace)
 }

@@ -489,6 +489,13 @@ fn passt_needs_no_namespace(host: &Host) -> Result<()> {
     let taken = ["run", "--rm", "--network", "passt", "-p", "8080:80", "busybox", "true"];
     host.bulkhead(taken)?.status_is(125)?.stderr_has("8080")?;
     host.bulkhead(["rm", "-f", "server"])?.ok()?;
+    // A machine of a pool has a passt of its own; one with ports must be made.
+    host.bulkhead(["pool", "warm", "--image", "busybox", "--network", "passt"])?.ok()?;
+    let look = "grep nameserver /etc/resolv.conf; ip address show eth0 | grep -o 10.0.2.15";
+    let (said, taken) = crate::pool::traced(host, &["--network", "passt"], look)?;
+    said.stdout_is("nameserver 10.0.2.3\n10.0.2.15\n")?;
+    ensure!(taken && !crate::pool::traced(host, &["--network", "passt", "-p", "8080:80"], "true")?.1);
+    host.bulkhead(["pool", "rm", "busybox"])?.ok()?;
     host.eventually("passt has ended", Duration::from_secs(10), || {
         Ok(host.run(["pidof", "passt", "passt.avx2"])?.status != 0)
     })?;

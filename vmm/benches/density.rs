@@ -71,7 +71,7 @@ fn save(place: &Place) -> std::path::PathBuf {
     let mut child = common::monitor().arg("--config").arg(config).spawn().unwrap();
     let mut client = connect(&control, "x");
     let directory = place.path("snapshot");
-    let wish = SnapshotRequest { directory: directory.clone(), durable: false, disks: Vec::new() };
+    let wish = SnapshotRequest::new(directory.clone(), false);
     client.call(Method::Snapshot(wish)).unwrap();
     client.call(Method::Quit).unwrap();
     child.wait().unwrap();

@@ -38,7 +38,7 @@ fn main() {
     println!("pause of a guest that has touched {} MiB; {RUNS} snapshots", TOUCHED >> 20);
     for _ in 0..RUNS {
         let directory = place.path("saved");
-        let request = SnapshotRequest { directory: directory.clone(), durable: false, disks: Vec::new() };
+        let request = SnapshotRequest::new(directory.clone(), false);
         let start = Instant::now();
         let taken = client.snapshot(request, |_| (), |_| Ok(())).unwrap();
         println!(

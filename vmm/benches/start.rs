@@ -161,5 +161,5 @@ fn dirty_memory(place: &Place) -> u64 {
 }
 
 fn save(directory: std::path::PathBuf) -> Method {
-    Method::Snapshot(SnapshotRequest { directory, durable: false, disks: Vec::new() })
+    Method::Snapshot(SnapshotRequest::new(directory, false))
 }

@@ -146,7 +146,7 @@ fn a_snapshot_knows_what_is_in_the_drives() {
     let (mut child, mut client) = start(&place, &looks_into_a_drive());
     insert(&mut client, of(disk(&place, "first", 7))).unwrap();
     let directory = place.path("saved");
-    let wish = SnapshotRequest { directory: directory.clone(), durable: false, disks: Vec::new() };
+    let wish = SnapshotRequest::new(directory.clone(), false);
     client.call(Method::Snapshot(wish)).unwrap();
     client.call(Method::Quit).unwrap();
     child.wait().unwrap();

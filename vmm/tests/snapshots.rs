@@ -11,6 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::{Guest, Place, kvm, monitor, stderr};
+use vm_memory::Bytes;
 use vmm::control::{Client, Method, SnapshotRequest};
 
 /// Where the guest keeps what only a machine with its memory knows.
@@ -200,9 +201,8 @@ fn the_guest_goes_on_while_it_is_written_and_who_goes_away_gives_it_up() {
     let (mut child, mut client) = start(&place, &large(), &more);
     let id = client.status().unwrap().disks[0].clone();
     let with_disk = |name: &str, id: &str| SnapshotRequest {
-        directory: place.path(name),
-        durable: false,
         disks: vec![id.to_owned()],
+        ..SnapshotRequest::new(place.path(name), false)
     };
     let mut states = Vec::new();
     let mut other = Client::connect(&place.path("control")).unwrap();
@@ -311,7 +311,7 @@ fn a_full_disk_leaves_the_machine_running_and_no_snapshot() {
 }
 
 fn save(directory: std::path::PathBuf) -> Method {
-    Method::Snapshot(SnapshotRequest { directory, durable: false, disks: Vec::new() })
+    Method::Snapshot(SnapshotRequest::new(directory, false))
 }
 
 #[test]
@@ -366,4 +366,221 @@ fn what_one_machine_wrote_to_the_next_has_from_the_start() {
     fs::write(directory.join("working-set"), "nonsense").unwrap();
     let marks = go_on(&mut |_| ());
     assert!(!marks.contains("populated"), "{marks}");
+}
+
+/// A guest with memory that compresses well, and which goes on to change a little of it.
+fn worker() -> Guest {
+    Guest::new()
+        .store(KEPT, 42)
+        .fill(0x50_0000, 1 << 20)
+        .print("a")
+        .count(200_000)
+        .store(KEPT, 43)
+        .print("b")
+        .load(KEPT)
+        .exit_with_eax()
+}
+
+/// Bytes of a directory's files on the disk.
+fn taken_by(directory: &Path) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().metadata().unwrap().blocks() * 512).sum()
+}
+
+#[test]
+fn differences_and_compressed_ones_are_small_and_go_on_alike() {
+    if !kvm() {
+        return;
+    }
+    let place = Place::new();
+    let disk = place.write("disk.raw", [vec![7; 1 << 20], vec![0; 1 << 20]].concat());
+    let more = ["--memory", "64", "--disk", disk.to_str().unwrap()];
+    let (mut child, mut client) = start(&place, &worker(), &more);
+    let id = client.status().unwrap().disks[0].clone();
+    client.call(Method::Pause).unwrap();
+    let mut take = |name: &str, compress: bool, base: Option<&str>| {
+        let request = SnapshotRequest {
+            disks: vec![id.clone()],
+            compress,
+            base: base.map(|base| place.path(base)),
+            ..SnapshotRequest::new(place.path(name), false)
+        };
+        client.snapshot(request, |_| (), |_| Ok(()))
+    };
+    let whole = take("whole", false, None).unwrap();
+    assert!(whole.memory_bytes > 1 << 20);
+    take("zipped", true, None).unwrap();
+    let second = take("second", false, Some("whole")).unwrap();
+    let third = take("third", true, Some("second")).unwrap();
+    take("other", false, Some("zipped")).unwrap();
+    // What the monitor is given must be what it says, and nothing is left of what is refused.
+    let error = take("x", false, Some("nothing")).unwrap_err().to_string();
+    assert!(error.contains("nothing"), "{error}");
+    assert_eq!(left_of(&place, "x"), [""; 0]);
+    for taken in [&second, &third] {
+        assert!(taken.memory_bytes <= 16 << 10, "{taken:?}");
+        assert_eq!(taken.disks, whole.disks, "the digest is of all of it");
+    }
+    let sizes = ["whole", "zipped", "second", "third", "other"].map(|name| taken_by(&place.path(name)));
+    assert!(sizes[1] < sizes[0] / 4 && sizes[2..].iter().all(|size| *size < sizes[0] / 8), "{sizes:?}");
+    client.call(Method::Quit).unwrap();
+    child.wait().unwrap();
+
+    // The same disk comes out of each, and the same machine.
+    let goes_on = |name: &str| {
+        let opened = vmm::snapshot::Opened::open(&place.path(name)).unwrap();
+        let copy = place.path("copy");
+        let digest = vmm::snapshot::disk::Saved::open(&opened, &id).unwrap().copy(&copy).unwrap();
+        assert_eq!(digest.value(), whole.disks[0].digest, "{name}");
+        assert!(fs::read(&copy).unwrap() == fs::read(&disk).unwrap(), "{name}");
+        fs::remove_file(&copy).unwrap();
+        let output = restore(&place, &place.path(name)).output().unwrap();
+        assert_eq!(output.status.code(), Some(43), "{name}: {}", stderr(&output));
+    };
+    ["zipped", "second", "third", "other"].iter().for_each(|name| goes_on(name));
+
+    // A family can be moved together, and one of it alone.
+    fs::create_dir(place.path("elsewhere")).unwrap();
+    fs::rename(place.path("third"), place.path("elsewhere/third")).unwrap();
+    goes_on("elsewhere/third");
+    for name in ["whole", "second"] {
+        fs::rename(place.path(name), place.path("elsewhere").join(name)).unwrap();
+    }
+    goes_on("elsewhere/third");
+
+    // Without its base, with another, or with one that is damaged, it is an error that says so.
+    let third = place.path("elsewhere/third");
+    let whole = place.path("elsewhere/whole");
+    fs::rename(&whole, place.path("away")).unwrap();
+    refused(&restore(&place, &third).output().unwrap(), "which is not there");
+    fs::rename(place.path("zipped"), &whole).unwrap();
+    refused(&restore(&place, &third).output().unwrap(), "another snapshot");
+    fs::rename(&whole, place.path("zipped")).unwrap();
+    fs::rename(place.path("away"), &whole).unwrap();
+    fs::OpenOptions::new().write(true).open(whole.join("memory")).unwrap().set_len(1 << 20).unwrap();
+    refused(&restore(&place, &third).output().unwrap(), "cut off");
+}
+
+#[test]
+fn damage_to_what_is_compressed_is_found() {
+    if !kvm() {
+        return;
+    }
+    let place = Place::new();
+    let disk = place.write("disk.raw", (0..200_000_u32).map(|i| (i % 251) as u8).collect::<Vec<_>>());
+    let (mut child, mut client) =
+        start(&place, &worker(), &["--memory", "64", "--disk", disk.to_str().unwrap()]);
+    let id = client.status().unwrap().disks[0].clone();
+    client.call(Method::Pause).unwrap();
+    let saved = place.path("saved");
+    let request = SnapshotRequest {
+        disks: vec![id.clone()],
+        compress: true,
+        ..SnapshotRequest::new(saved.clone(), false)
+    };
+    let digest = client.snapshot(request, |_| (), |_| Ok(())).unwrap().disks[0].digest;
+    client.call(Method::Quit).unwrap();
+    child.wait().unwrap();
+    let open = || vmm::snapshot::Opened::open(&saved);
+    let memory = || {
+        let guest = vmm::memory::create(64 << 20, vmm::memory::Backing::Private).unwrap();
+        open().and_then(|opened| opened.fill(&guest))?;
+        let mut bytes = vec![0; 64 << 20];
+        guest.read_slice(&mut bytes, vm_memory::GuestAddress(0)).unwrap();
+        Ok::<_, vmm::Error>(bytes)
+    };
+    let wanted = memory().unwrap();
+    let mut found = 0;
+    let file = saved.join("memory.zst");
+    let good = fs::read(&file).unwrap();
+    for step in 0..60 {
+        let at = step * good.len() / 60;
+        let mut bytes = good.clone();
+        bytes[at] ^= 0x10;
+        fs::write(&file, &bytes).unwrap();
+        // A bit of a frame's window size can change without a change of what comes out.
+        match memory() {
+            Ok(got) => assert!(got == wanted, "byte {at} of {}", good.len()),
+            Err(_) => found += 1,
+        }
+        fs::write(&file, &good[..at]).unwrap();
+        assert!(memory().is_err(), "{at} bytes of {}", good.len());
+    }
+    assert!(found > 50, "{found}");
+    fs::write(&file, [&good[..], &[0]].concat()).unwrap();
+    assert!(memory().unwrap_err().to_string().contains("saved"), "something follows");
+    fs::write(&file, &good).unwrap();
+    // Of a disk: an error, or the digest tells.
+    let unpack = || {
+        let to = place.path("copy");
+        let copied = vmm::snapshot::disk::Saved::open(&open().unwrap(), &id).and_then(|disk| disk.copy(&to));
+        let _ = fs::remove_file(&to);
+        copied.map(vmm::devices::virtio::block::backup::Digest::value)
+    };
+    assert_eq!(unpack().unwrap(), digest);
+    let file = saved.join(format!("disk-{id}.packed"));
+    let good = fs::read(&file).unwrap();
+    for at in 0..good.len() {
+        let mut bytes = good.clone();
+        bytes[at] ^= 1;
+        fs::write(&file, &bytes).unwrap();
+        let got = unpack();
+        assert!(got.is_err() || got.is_ok_and(|got| got == digest), "byte {at} of {}", good.len());
+        if at % 16 == 0 {
+            fs::write(&file, &good[..at]).unwrap();
+            assert!(unpack().is_err(), "{at} bytes of {}", good.len());
+        }
+    }
+    refused(&restore(&place, &saved.join("..").join("nothing")).output().unwrap(), "nothing");
+}
+
+#[test]
+fn every_byte_of_a_state_counts_and_no_state_makes_the_monitor_panic() {
+    if !kvm() {
+        return;
+    }
+    use vmm::snapshot::{Snapshot, file};
+    let place = Place::new();
+    let (mut child, mut client) = start(&place, &counter(u32::MAX), &["--memory", "64", "--vcpus", "2"]);
+    let saved = place.path("saved");
+    client.call(save(saved.clone())).unwrap();
+    client.call(Method::Quit).unwrap();
+    child.wait().unwrap();
+    let state = fs::read(saved.join("state")).unwrap();
+    file::decode::<Snapshot>(&state).unwrap();
+    // A processor that has nothing of what the guest saw.
+    let opened = vmm::snapshot::Opened::open(&saved).unwrap();
+    let error = opened.fits_features(&kvm_bindings::CpuId::new(1).unwrap()).unwrap_err();
+    assert_eq!(error.exit_status(), 66);
+    assert!(error.to_string().contains("does not have"), "{error}");
+    for at in 0..state.len() {
+        let mut damaged = state.clone();
+        damaged[at] ^= 1 << (at % 8);
+        assert!(file::decode::<Snapshot>(&damaged).is_err(), "byte {at}");
+        assert!(file::decode::<Snapshot>(&state[..at]).is_err(), "{at} bytes");
+    }
+    // Somebody who damages it on purpose mends the checksums: whatever it says, the monitor ends in an orderly way, or runs it.
+    for step in 0..48 {
+        let mut body = state[24..].to_vec();
+        let at = step * body.len() / 48;
+        body[at] = body[at].wrapping_add([1, 0x7f, 0x80, 0xff][step % 4]);
+        let mut head = state[..16].to_vec();
+        head.extend(crc32fast::hash(&body).to_le_bytes());
+        head.extend(crc32fast::hash(&head).to_le_bytes());
+        fs::write(saved.join("state"), [head, body].concat()).unwrap();
+        let mut child = restore(&place, &saved).stderr(std::process::Stdio::piped()).spawn().unwrap();
+        let deadline = Instant::now() + Duration::from_millis(300);
+        let status = loop {
+            match child.try_wait().unwrap() {
+                Some(status) => break Some(status),
+                None if Instant::now() > deadline => break None,
+                None => thread::sleep(Duration::from_millis(5)),
+            }
+        };
+        let _ = child.kill();
+        let output = child.wait_with_output().unwrap();
+        let code = status.map(|status| status.code());
+        assert!(code != Some(None) && code != Some(Some(101)), "byte {at}: {status:?} {}", stderr(&output));
+        assert!(!stderr(&output).contains("panicked"), "byte {at}: {}", stderr(&output));
+    }
 }

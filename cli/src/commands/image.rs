@@ -2,7 +2,7 @@
 
 use bulkhead_image::{Digest, LoadOptions, Progress, PruneScope, PullOptions, Source, progress};
 use bulkhead_runtime::verify::{self, Stamps};
-use bulkhead_runtime::{Error, Layout, Result, state};
+use bulkhead_runtime::{Error, Layout, Result, pool, state};
 
 use super::store;
 use crate::args::{ImageLsArgs, ImageRmArgs, ImagesArgs, LoadArgs, PruneArgs, PullArgs, TagArgs, VerifyArgs};
@@ -110,9 +110,10 @@ pub fn verify(layout: &Layout, args: &VerifyArgs) -> Outcome {
     })
 }
 
-/// Whether a container, running or not, was made from an image.
+/// Whether a container, running or not, was made from an image, or machines wait for such containers.
 fn in_use(layout: &Layout) -> Result<impl Fn(&Digest) -> bool + use<>> {
-    let used: Vec<String> = state::list(layout)?.into_iter().map(|record| record.image_id).collect();
+    let mut used: Vec<String> = state::list(layout)?.into_iter().map(|record| record.image_id).collect();
+    used.extend(pool::images(layout)?);
     Ok(move |id: &Digest| used.contains(&id.to_string()))
 }
 

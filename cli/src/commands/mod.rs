@@ -7,6 +7,7 @@ pub mod image;
 pub mod lifecycle;
 pub mod list;
 pub mod logs;
+pub mod pool;
 pub mod run;
 pub mod snapshot;
 

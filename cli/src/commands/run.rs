@@ -53,6 +53,7 @@ pub fn run(layout: &Layout, settings: &Settings, args: RunArgs) -> Outcome {
         publish: args.publish,
         dns: args.dns,
         no_template: args.no_template,
+        no_pool: args.no_pool,
     };
     let image = find_or_pull(layout, &store, &args.image)?;
     trace::mark("image resolved");
@@ -91,7 +92,7 @@ fn network(wish: NetworkWish, publish: &[Port]) -> Result<NetworkWish, Error> {
 
 /// An image that is not here is fetched, as with docker; by a process of its own, because `run` forks and so must
 /// not have made threads.
-fn find_or_pull(layout: &Layout, store: &Store, name: &str) -> Result<Image, Error> {
+pub fn find_or_pull(layout: &Layout, store: &Store, name: &str) -> Result<Image, Error> {
     match store.resolve(name) {
         Err(bulkhead_image::Error::NotFound { .. }) => {
             eprintln!("bulkhead: image {name:?} is not here, fetching it");
@@ -118,7 +119,7 @@ fn find_or_pull(layout: &Layout, store: &Store, name: &str) -> Result<Image, Err
 /// Docker's smallest.
 const MIN_MEMORY: u64 = 6 << 20;
 
-fn memory(limit: Option<u64>) -> Result<Option<u64>, Error> {
+pub fn memory(limit: Option<u64>) -> Result<Option<u64>, Error> {
     match limit {
         Some(0) => Ok(None),
         Some(bytes) if bytes < MIN_MEMORY => {

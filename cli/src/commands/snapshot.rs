@@ -1,6 +1,6 @@
 //! `bulkhead snapshot`, `restore` and `fork`.
 
-use bulkhead_runtime::snapshot::{self, Summary, Wishes};
+use bulkhead_runtime::snapshot::{self, Manner, Summary, Wishes};
 use bulkhead_runtime::{Error, Layout, Settings, doctor};
 
 use super::run::finish;
@@ -10,7 +10,8 @@ use crate::failure::{Failure, Outcome};
 use crate::table;
 
 pub fn snapshot(layout: &Layout, args: &SnapshotArgs) -> Outcome {
-    let take = || snapshot::take(layout, &lookup(layout, &args.container)?, &args.directory, true);
+    let manner = Manner { durable: true, compress: args.compress, base: args.base.clone() };
+    let take = || snapshot::take(layout, &lookup(layout, &args.container)?, &args.directory, &manner);
     let summary = take().map_err(failed)?;
     say(&summary);
     table::print(&format!("{}\n", args.directory.display()))?;

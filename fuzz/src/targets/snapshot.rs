@@ -6,7 +6,7 @@ use tempfile::TempDir;
 use vmm::arch::state::VmState;
 use vmm::devices::virtio::mmio::TransportState;
 use vmm::snapshot::working_set::{self, WORKING_SET as NAME};
-use vmm::snapshot::{Extent, Snapshot, file, memory};
+use vmm::snapshot::{Extent, Form, Snapshot, file, memory};
 
 use super::devices::{Cable, Drive, Entropy, Screen};
 use super::packets::Sockets;
@@ -48,6 +48,8 @@ pub const WORKING_SET: Target = Target {
 fn snapshot(devices: Vec<TransportState>) -> Snapshot {
     Snapshot {
         identity: [7; 16],
+        form: Form::Plain,
+        base: None,
         config: r#"{"boot":{"kernel":"k"}}"#.into(),
         memory_bytes: 64 << 20,
         extents: vec![Extent { offset: 0, length: 4096 }, Extent { offset: 1 << 20, length: 8192 }],

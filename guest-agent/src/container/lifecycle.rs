@@ -57,8 +57,7 @@ impl Agent {
         shared::take(&mut spec.mounts)?;
         request.disks.iter().try_for_each(|disk| crate::disk::wait_for_size(&disk.source, disk.bytes))?;
         disks::renumber(&mut spec)?;
-        let mut rootfs =
-            Rootfs::mount(id, request.rootfs.as_ref().unwrap_or(&Layers::default()), &mut self.layers)?;
+        let mut rootfs = self.root_of(id, request.rootfs.as_ref().unwrap_or(&Layers::default()))?;
         let created = Cgroup::create(id, &spec.linux.resources, &self.machine).and_then(|cgroup| match self
             .fork_init(request, &spec, &namespaces, &rootfs, &cgroup, seccomp.as_ref())
         {

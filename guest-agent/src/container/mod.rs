@@ -12,6 +12,7 @@ mod lifecycle;
 pub mod mounts;
 pub mod namespaces;
 mod pause;
+mod prepared;
 pub mod process;
 pub mod rootfs;
 pub mod seccomp;
@@ -27,6 +28,7 @@ use crate::error::{Error, Result};
 use crate::rpc::Ticket;
 use cgroup::Cgroup;
 use namespaces::Namespaces;
+pub use prepared::Prepared;
 use rootfs::Rootfs;
 use seccomp::Filter;
 

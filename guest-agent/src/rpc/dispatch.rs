@@ -31,6 +31,9 @@ impl Agent {
             "CreateContainer" => {
                 self.later(ticket, payload, |agent, request| agent.create_container(ticket, &request))
             }
+            "PrepareRootfs" => {
+                self.now(ticket, payload, |agent, request| agent.prepare_rootfs(request).map(|()| Empty {}))
+            }
             "StartContainer" => self.later(ticket, payload, |agent, request: ContainerRequest| {
                 agent.start_process(ticket, &request.container, "")
             }),

@@ -114,7 +114,7 @@ impl Draft {
     /// What the monitor is asked for: its part, with these disks. `durable`: it will survive a loss of power.
     #[must_use]
     pub fn request(&self, durable: bool, disks: Vec<String>) -> SnapshotRequest {
-        SnapshotRequest { directory: self.partial.join(MACHINE), durable, disks }
+        SnapshotRequest { disks, ..SnapshotRequest::new(self.partial.join(MACHINE), durable) }
     }
 
     /// Adds the container's part, as JSON in a file of this name, and gives the directory its name. `durable`: it will survive a loss

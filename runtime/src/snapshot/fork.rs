@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use bulkhead_image::Store;
 use rustix::fs::{FlockOperation, flock};
 
-use super::{Summary, Wishes, restore, take};
+use super::{Manner, Summary, Wishes, restore, take};
 use crate::launch::Launched;
 use crate::network::NetworkWish;
 use crate::state::{Record, private_dir};
@@ -45,7 +45,7 @@ pub fn fork(
     }
     let place = Place::make(layout)?;
     let directory = place.path.join("snapshot");
-    let summary = take(layout, record, &directory, false)?;
+    let summary = take(layout, record, &directory, &Manner::default())?;
     let mut copies = Vec::new();
     for number in 1..=count {
         let name = wishes.name.as_ref().map(|name| match count {

@@ -28,7 +28,7 @@ pub use draft::Draft;
 pub use fork::{Forked, fork};
 pub use machine::{Machine, SavedMachine, Summary, Then};
 pub use restore::{Wishes, restore};
-pub use take::take;
+pub use take::{Manner, take};
 
 /// The monitor's part of a snapshot.
 pub const MACHINE: &str = "machine";

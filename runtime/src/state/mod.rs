@@ -20,6 +20,7 @@ use crate::options::RunOptions;
 use crate::{Context, Error, Layout, Result, jail, names};
 pub use reservation::Reservation;
 use reservation::create_locked;
+pub(crate) use reservation::{Nameless, take as take_name};
 
 /// Where a container is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -199,6 +200,11 @@ impl Files {
     pub fn names(&self) -> PathBuf {
         self.run.join(format!("vsock_{}", bulkhead_protocol::NAMES_PORT))
     }
+    /// Where a machine that waits in a pool can be had.
+    #[must_use]
+    pub fn take(&self) -> PathBuf {
+        self.run.join("take")
+    }
     /// The monitor's control socket.
     #[must_use]
     pub fn control(&self) -> PathBuf {
@@ -358,7 +364,8 @@ pub(crate) fn release(mut lock: &File, status: u8) {
     let _ = rustix::fs::flock(lock, FlockOperation::Unlock);
 }
 
-fn is_locked(path: &Path) -> bool {
+/// Whether somebody holds the lock.
+pub(crate) fn is_locked(path: &Path) -> bool {
     File::open(path)
         .is_ok_and(|file| rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared).is_err())
 }
@@ -387,7 +394,9 @@ pub fn find(layout: &Layout, wanted: &str) -> Result<String> {
         {
             return Ok(id);
         }
-        let ids: Vec<_> = ids(layout)?.into_iter().filter(|id| id.starts_with(wanted)).collect();
+        // Without a record it is none yet, or never will be.
+        let is_one = |id: &String| id.starts_with(wanted) && Files::new(layout, id).record().exists();
+        let ids: Vec<_> = ids(layout)?.into_iter().filter(is_one).collect();
         match ids.as_slice() {
             [] => {}
             [id] => return Ok(id.clone()),

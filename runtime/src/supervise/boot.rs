@@ -1,6 +1,7 @@
 //! What is made before a container runs: disks, shares and network, the microVM, and the container in it.
 
 use std::fs::File;
+use std::path::PathBuf;
 
 use bulkhead_protocol::agent::{
     ConfigureRequest, ContainerRequest, CreateContainerRequest, CreateContainerResponse, Empty, Filesystem,
@@ -23,12 +24,6 @@ impl Supervisor {
     pub(super) fn boot(&mut self) -> Result<Monitor> {
         let shares = self.plan.shares.take();
         let Plan { layout, files, record, .. } = &self.plan;
-        let mut disks = vec![DiskConfig {
-            id: "layers".into(),
-            read_only: true,
-            layers: self.plan.layers.clone(),
-            ..DiskConfig::default()
-        }];
         let copy = self.plan.copy.as_ref();
         let storage = record.options.storage.unwrap_or(self.plan.artefacts.settings.run.storage.0);
         let has_scratch = match copy {
@@ -41,13 +36,8 @@ impl Supervisor {
         };
         if has_scratch {
             trace::mark("scratch disk made");
-            disks.push(DiskConfig {
-                id: "scratch".into(),
-                read_only: false,
-                path: Some(files.scratch()),
-                ..DiskConfig::default()
-            });
         }
+        let disks = disks(&self.plan.layers, has_scratch.then(|| files.scratch()));
         if let Some(shares) = shares {
             let path = files.shares_log();
             let log = File::create(&path).context(|| format!("cannot create {}", path.display()))?;
@@ -100,7 +90,9 @@ impl Supervisor {
         self.plan.record.given.clone_from(&self.network);
         trace::mark("monitor spawned");
         self.plan.record.monitor_pid = monitor.pid();
-        self.plan.record.save(&self.plan.files)?;
+        if !self.waits {
+            self.plan.record.save(&self.plan.files)?;
+        }
         monitor.wait_ready(&caller.0, &mut given_up)?;
         self.attended = attended;
         Ok(monitor)
@@ -118,10 +110,10 @@ impl Supervisor {
         Ok(())
     }
 
-    pub(super) fn start_container(&mut self, agent: &mut Agent) -> Result<Relay> {
-        let Plan { record, layers, spec, seccomp, files, ends, hostname, artefacts, .. } = &mut self.plan;
-        let options = &record.options;
-        let storage = options.storage.unwrap_or(artefacts.settings.run.storage.0);
+    /// What the container's root is made of.
+    pub(super) fn rootfs(&self) -> Rootfs {
+        let Plan { record, layers, artefacts, .. } = &self.plan;
+        let storage = record.options.storage.unwrap_or(artefacts.settings.run.storage.0);
         let writable = if storage > 0 {
             Filesystem { fstype: "ext4".into(), source: "/dev/vdb".into(), options: Vec::new() }
         } else {
@@ -132,15 +124,22 @@ impl Supervisor {
             source: format!("/dev/vda{number}"),
             options: vec!["ro".into()],
         };
+        Rootfs {
+            layers: (1..=layers.len()).map(erofs).collect(),
+            writable: Some(writable),
+            ..Rootfs::default()
+        }
+    }
+
+    pub(super) fn start_container(&mut self, agent: &mut Agent) -> Result<Relay> {
+        let rootfs = self.rootfs();
+        let Plan { record, spec, seccomp, files, ends, hostname, .. } = &mut self.plan;
+        let options = &record.options;
         let stdio = Stdio { stdin: options.interactive, stdout: true, stderr: !options.tty };
         let request = CreateContainerRequest {
             id: record.id.clone(),
             spec: spec.to_string(),
-            rootfs: Some(Rootfs {
-                layers: (1..=layers.len()).map(erofs).collect(),
-                writable: Some(writable),
-                ..Rootfs::default()
-            }),
+            rootfs: Some(rootfs),
             stdio: Some(stdio),
             files: etc(hostname, options, &self.network)
                 .into_iter()
@@ -160,6 +159,19 @@ impl Supervisor {
         let _: Empty = agent.call("StartContainer", &start).map_err(cannot_start)?;
         Ok(relay)
     }
+}
+
+/// The disks of a machine: the image's layers as one, and what the container writes to.
+pub(crate) fn disks(layers: &[PathBuf], scratch: Option<PathBuf>) -> Vec<DiskConfig> {
+    let layers =
+        DiskConfig { id: "layers".into(), read_only: true, layers: layers.to_vec(), ..DiskConfig::default() };
+    let scratch = scratch.map(|path| DiskConfig {
+        id: "scratch".into(),
+        read_only: false,
+        path: Some(path),
+        ..DiskConfig::default()
+    });
+    [layers].into_iter().chain(scratch).collect()
 }
 
 /// Joins the network that was wished for.

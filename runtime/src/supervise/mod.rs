@@ -6,8 +6,11 @@
 
 mod boot;
 mod restore;
+mod wait;
 
+pub(crate) use boot::disks;
 pub(crate) use restore::Copy;
+pub(crate) use wait::Waiting;
 
 use std::fs::{self, File};
 use std::io;
@@ -44,6 +47,8 @@ pub(crate) enum Ask {
 /// Said by the supervisor to the caller of `run`.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Tell {
+    /// A machine that waited in a pool is the container's now.
+    Taken,
     /// The container runs.
     Started,
     /// The person typed the detach keys.
@@ -126,23 +131,52 @@ struct Supervisor {
     network: Network,
     /// The caller of `run` still listens.
     attended: bool,
+    /// It is not known yet whose machine it will be: there is no record to be kept.
+    waits: bool,
 }
 
 /// Runs a container to its end and puts everything away. Answers the exit status for the process.
 pub(crate) fn run(plan: Plan) -> u8 {
-    let guest = Guest::new(&plan.files.vsock());
-    let mut supervisor =
-        Supervisor { attended: true, guest, plan, server: None, network: Network::default() };
+    let mut supervisor = Supervisor::new(plan);
     let outcome = supervisor.live();
     supervisor.put_away(outcome)
 }
 
 impl Supervisor {
+    fn new(plan: Plan) -> Self {
+        let guest = Guest::new(&plan.files.vsock());
+        Self { attended: true, waits: false, guest, plan, server: None, network: Network::default() }
+    }
+
     /// From nothing to the container's end.
     fn live(&mut self) -> Result<Exit> {
-        let mut monitor = self.boot()?;
+        let monitor = self.boot()?;
         trace::mark("agent up");
-        let (mut agent, relay, exit) = match self.work(&mut monitor) {
+        let agent = self.guest.agent();
+        let exit = self.live_in(monitor, agent, |supervisor, agent, monitor| {
+            let relay = match supervisor.plan.copy.take() {
+                Some(copy) => supervisor.go_on(agent, &copy)?,
+                None => {
+                    supervisor.configure(agent)?;
+                    supervisor.start_container(agent)?
+                }
+            };
+            trace::mark("container started");
+            monitor.teach_template();
+            Ok(relay)
+        })?;
+        Ok(exit)
+    }
+
+    /// From a guest that is up to the container's end; `start` makes it run.
+    fn live_in(
+        &mut self,
+        mut monitor: Monitor,
+        agent: Result<Agent>,
+        start: impl FnOnce(&mut Self, &mut Agent, &mut Monitor) -> Result<Relay>,
+    ) -> Result<Exit> {
+        let worked = agent.and_then(|agent| self.work(&mut monitor, agent, start));
+        let (mut agent, relay, exit) = match worked {
             // Why the machine ended says more than which call broke off.
             Err(error @ (Error::Io { .. } | Error::Agent { source: CallError::Io { .. }, .. }))
                 if monitor.ends_soon() =>
@@ -173,18 +207,13 @@ impl Supervisor {
         Ok(exit)
     }
 
-    /// From a guest that is up to the container's end.
-    fn work(&mut self, monitor: &mut Monitor) -> Result<(Agent, Relay, Exit)> {
-        let mut agent = self.guest.agent()?;
-        let relay = match self.plan.copy.take() {
-            Some(copy) => self.go_on(&mut agent, &copy)?,
-            None => {
-                self.configure(&mut agent)?;
-                self.start_container(&mut agent)?
-            }
-        };
-        trace::mark("container started");
-        monitor.teach_template();
+    fn work(
+        &mut self,
+        monitor: &mut Monitor,
+        mut agent: Agent,
+        start: impl FnOnce(&mut Self, &mut Agent, &mut Monitor) -> Result<Relay>,
+    ) -> Result<(Agent, Relay, Exit)> {
+        let relay = start(self, &mut agent, monitor)?;
         self.plan.record.status = Status::Running;
         self.plan.record.started_ns = now_ns();
         self.plan.record.save(&self.plan.files)?;

@@ -4,8 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use bulkhead_protocol::agent::{Empty, ResizeTerminalRequest, Stdio};
-use vmm::devices::virtio::block::backup;
-use vmm::snapshot::DISK;
+use vmm::snapshot::{DISK, Opened, disk};
 
 use super::Supervisor;
 use crate::guest::{self, Agent};
@@ -37,8 +36,13 @@ impl Copy {
             return Ok(false);
         };
         let from = self.machine().join(format!("{DISK}scratch"));
-        let digest =
-            backup::copy(&from, path).context(|| format!("cannot copy the disk {}", from.display()))?;
+        let opened = Opened::open(&self.machine()).map_err(|source| Error::Other {
+            what: format!("cannot go on from the snapshot {}", self.directory.display()),
+            source: source.into(),
+        })?;
+        let digest = disk::Saved::open(&opened, "scratch")
+            .and_then(|disk| disk.copy(path))
+            .context(|| format!("cannot copy the disk {}", from.display()))?;
         if digest.value() == saved.digest {
             return Ok(true);
         }

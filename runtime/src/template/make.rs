@@ -72,7 +72,7 @@ pub(super) fn make(
     let files = Files { dir: run.clone(), run: run.clone() };
     let made =
         boot(artefacts, &files, wanted, interrupt, given_up).map_err(Failed::Boot).and_then(|monitor| {
-            rehearse(&files)?;
+            rehearse(&files, Vec::new())?;
             Ok(save(monitor, &files, directory)?)
         });
     let _ = fs::remove_dir_all(&run);
@@ -98,7 +98,7 @@ fn boot(
 fn save(monitor: Monitor, files: &Files, directory: &Path) -> Result<()> {
     let failed = |error: ClientError| Error::Monitor(format!("a template cannot be saved: {error}"));
     // No longer than the host's boot, which is part of its key.
-    let wish = SnapshotRequest { directory: directory.to_owned(), durable: false, disks: Vec::new() };
+    let wish = SnapshotRequest::new(directory.to_owned(), false);
     Client::connect(&files.control())
         .and_then(|mut client| {
             // It does not go on: what stands still is written as it is, without a child that keeps it.

@@ -9,6 +9,8 @@ mod key;
 mod make;
 mod rehearse;
 
+pub(crate) use rehearse::rehearse;
+
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd;
@@ -20,7 +22,7 @@ use rustix::fs::{FlockOperation, flock};
 use crate::monitor::Shape;
 use crate::shares;
 use crate::state::private_dir;
-use crate::{Artefacts, Context, Error, Layout, Result, trace};
+use crate::{Artefacts, Context, Error, Layout, Result, Settings, trace};
 use vmm::config::{DiskConfig, EmptyNetwork};
 
 /// Most templates kept; the one not used for longest goes first.
@@ -78,8 +80,7 @@ pub fn get(
     interrupt: &impl AsFd,
     given_up: impl FnMut() -> bool,
 ) -> Result<Option<Template>> {
-    let switched_off = std::env::var_os(SWITCH).is_some_and(|value| value == "0");
-    if switched_off || !artefacts.settings.machine.templates {
+    if switched_off(&artefacts.settings) {
         return Ok(None);
     }
     match find_or_make(layout, artefacts, wanted, interrupt, given_up) {
@@ -91,6 +92,19 @@ pub fn get(
             Ok(None)
         }
     }
+}
+
+/// Whether every machine is to boot.
+pub(crate) fn switched_off(settings: &Settings) -> bool {
+    std::env::var_os(SWITCH).is_some_and(|value| value == "0") || !settings.machine.templates
+}
+
+/// Names the template for such a machine, whether there is one or not. Machines with the same name are alike.
+///
+/// # Errors
+/// A file that it would be made of cannot be read.
+pub(crate) fn key(layout: &Layout, artefacts: &Artefacts, wanted: &Wanted<'_>) -> Result<String> {
+    key::of(&layout.templates(), artefacts, wanted)
 }
 
 fn find_or_make(

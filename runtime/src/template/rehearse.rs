@@ -36,21 +36,23 @@ fn wish(options: &RunOptions) -> Value {
     spec::container(options, process, ID, ID, &[])
 }
 
-/// Lets the agent of the guest in `files` have its rehearsal.
+/// Lets the agent of the guest in `files` have its rehearsal. `lower`: layers that are below the container's tmpfs; of what is
+/// in them nothing runs.
 ///
 /// # Errors
 /// The agent refuses a step or does not answer.
-pub(super) fn rehearse(files: &Files) -> Result<()> {
+pub(crate) fn rehearse(files: &Files, lower: Vec<Filesystem>) -> Result<()> {
     let what = || "cannot rehearse a container before the template is saved".to_owned();
     let mut agent = Guest::new(&files.vsock()).agent()?;
     agent.stream().set_read_timeout(Some(PATIENCE)).context(what)?;
     let tmpfs = || Filesystem { fstype: "tmpfs".into(), source: "tmpfs".into(), options: Vec::new() };
+    let layers = if lower.is_empty() { vec![tmpfs()] } else { lower };
     let options = RunOptions::default();
     let create = CreateContainerRequest {
         id: ID.into(),
         spec: wish(&options).to_string(),
         seccomp: seccomp::filter(&options)?,
-        rootfs: Some(Rootfs { layers: vec![tmpfs()], writable: Some(tmpfs()), ..Rootfs::default() }),
+        rootfs: Some(Rootfs { layers, writable: Some(tmpfs()), ..Rootfs::default() }),
         stdio: None,
         files: Vec::new(),
         disks: Vec::new(),

@@ -39,6 +39,9 @@ Examples:
     bulkhead-vmm --ctl /tmp/vm.sock snapshot /tmp/saved
     bulkhead-vmm --restore /tmp/saved
 
+  Later, only what has changed since, compressed:
+    bulkhead-vmm --ctl /tmp/vm.sock snapshot /tmp/later --base /tmp/saved --compress
+
 How it ends: when the guest reboots, status 0 (let its command line say panic=-1 reboot=k); when the guest writes 32 bits to
 I/O port 0xb44, their low 8 bits. 70: the guest crashed, and the reason is on stderr. 64: bad usage or configuration.
 66: a file is missing or wrong. 69: KVM cannot be used. 71: the operating system refused something.";
@@ -143,6 +146,14 @@ struct Arguments {
     /// With --ctl SOCKET snapshot: the directory to make; with working-set: the snapshot's
     #[arg(value_name = "DIR", requires = "method")]
     directory: Option<PathBuf>,
+
+    /// With --ctl SOCKET snapshot: compress it
+    #[arg(long, requires = "directory")]
+    compress: bool,
+
+    /// With --ctl SOCKET snapshot: save only what differs from this snapshot; both are needed to go on
+    #[arg(long, value_name = "DIR", requires = "directory")]
+    base: Option<PathBuf>,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -163,19 +174,17 @@ enum CtlMethod {
     Quit,
 }
 
-fn method_of(method: CtlMethod, directory: Option<&Path>) -> vmm::Result<Method> {
+fn method_of(method: CtlMethod, arguments: &Arguments) -> vmm::Result<Method> {
     let usage = |what: &str| Err(vmm::Error::Config(what.to_owned()));
-    match (method, directory) {
+    match (method, arguments.directory.as_deref()) {
         (CtlMethod::Snapshot, None) => {
             usage("--ctl SOCKET snapshot DIR: the directory to be made is missing")
         }
-        // The monitor's working directory is not this process's.
-        (CtlMethod::Snapshot, Some(directory)) => match std::path::absolute(directory) {
-            Ok(directory) => {
-                Ok(Method::Snapshot(SnapshotRequest { directory, durable: true, disks: Vec::new() }))
-            }
-            Err(error) => usage(&format!("the directory {directory:?}: {error}")),
-        },
+        (CtlMethod::Snapshot, Some(directory)) => Ok(Method::Snapshot(SnapshotRequest {
+            compress: arguments.compress,
+            base: arguments.base.as_deref().map(absolute).transpose()?,
+            ..SnapshotRequest::new(absolute(directory)?, true)
+        })),
         (_, Some(_)) => usage("only snapshot and working-set take a directory"),
         (CtlMethod::Status, None) => Ok(Method::Status),
         (CtlMethod::Metrics, None) => Ok(Method::Metrics),
@@ -186,6 +195,12 @@ fn method_of(method: CtlMethod, directory: Option<&Path>) -> vmm::Result<Method>
         }
         (CtlMethod::Quit, None) => Ok(Method::Quit),
     }
+}
+
+/// The monitor's working directory is not this process's.
+fn absolute(directory: &Path) -> vmm::Result<PathBuf> {
+    std::path::absolute(directory)
+        .map_err(|error| vmm::Error::Config(format!("the directory {directory:?}: {error}")))
 }
 
 fn main() -> ExitCode {
@@ -237,7 +252,7 @@ fn with_arguments(arguments: &Arguments, timeline: &Arc<Timeline>) -> u8 {
                 client.record_working_set(directory).map(|bytes| serde_json::json!({ "bytes": bytes }))
             });
         }
-        return match method_of(method, arguments.directory.as_deref()) {
+        return match method_of(method, arguments) {
             Ok(method) => ctl(socket, |client| client.call(method)),
             Err(error) => fail(&error, STATUS_USAGE),
         };

@@ -102,7 +102,7 @@ impl Client {
         let (draft, files) = match &method {
             Method::Snapshot(request) => {
                 let draft = Draft::begin(&request.directory, request.durable)?;
-                let files = draft.files(&request.disks)?;
+                let files = draft.files(request)?;
                 (Some(draft), files)
             }
             Method::InsertDisk(wish) => (None, disk_files(wish)?),

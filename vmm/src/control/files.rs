@@ -49,6 +49,22 @@ impl Files {
         })
     }
 
+    /// Takes out those whose names are paths: they belong to what a snapshot is a difference from.
+    pub fn take_below(&mut self) -> Self {
+        let (below, own) = std::mem::take(&mut self.0).into_iter().partition(|(name, _)| name.contains('/'));
+        self.0 = own;
+        Self(below)
+    }
+
+    /// The one of this name, once more.
+    ///
+    /// # Errors
+    /// It did not come, or no descriptor is left.
+    pub fn get(&self, name: &str) -> io::Result<File> {
+        let found = self.0.iter().find(|(known, _)| known == name);
+        found.map_or_else(|| Err(io::ErrorKind::NotFound.into()), |(_, file)| file.try_clone())
+    }
+
     /// Their names, in order.
     pub fn names(&self) -> Vec<String> {
         self.0.iter().map(|(name, _)| name.clone()).collect()

@@ -49,7 +49,7 @@ pub struct Machine {
     timeline: Arc<Timeline>,
     memory: Arc<GuestMemory>,
     /// What of memory was mapped from a snapshot.
-    base: Vec<Extent>,
+    mapped: Vec<Extent>,
     /// Which that was.
     origin: Option<Identity>,
     kvm: Kvm,
@@ -105,14 +105,14 @@ impl Machine {
             let entry = files.finish(&memory, bytes, config.machine.vcpus, &cmdline)?;
             Ok::<_, Error>((vm, exit, devices, identify(&kvm, fds, &features, entry)?))
         })?;
-        let (vcpus, base) = (Vec::new(), Vec::new());
-        let machine = Self { config, vcpus, devices, exit, timeline, memory, base, origin: None, kvm, vm };
+        let (vcpus, mapped) = (Vec::new(), Vec::new());
+        let machine = Self { config, vcpus, devices, exit, timeline, memory, mapped, origin: None, kvm, vm };
         Ok(machine.with_vcpus(fds))
     }
 
     /// A machine that goes on from a snapshot: the same steps, with less to do in each.
     fn restore(config: Config, opened: Opened, timeline: Arc<Timeline>, kvm: Kvm) -> Result<Self> {
-        let Opened { snapshot, memory: file, .. } = &opened;
+        let Opened { snapshot, .. } = &opened;
         opened.fits_shape(&config.machine)?;
         let soon = &working_set::read(&opened.directory, snapshot);
         let memory = Arc::new(memory::create(snapshot.memory_bytes, backing(&config))?);
@@ -120,11 +120,11 @@ impl Machine {
             let (done, mapped) = mpsc::channel();
             let (made, vm_is_made) = mpsc::channel();
             let mapper = thread::Builder::new().name("mapper".into());
-            let (memory, kvm, marks) = (&memory, &kvm, &timeline);
+            let (memory, kvm, marks, opened) = (&memory, &kvm, &timeline, &opened);
             let features = mapper
                 .spawn_scoped(scope, move || {
                     // Nobody receives it when this machine has failed otherwise.
-                    let _ = done.send(crate::snapshot::memory::fill(memory, file, &snapshot.extents));
+                    let _ = done.send(opened.fill(memory));
                     let features = cpuid::supported(kvm);
                     // Not earlier: a processor that is busy in the kernel keeps the host's RCU waiting.
                     if !soon.is_empty() && vm_is_made.recv().is_ok() {
@@ -137,8 +137,7 @@ impl Machine {
             let vm = kvm.create_vm().map_err(Error::kvm("create a virtual machine"))?;
             let _ = made.send(());
             // The sender goes without a word only when its thread panics, which joining it tells.
-            let mapped = mapped.recv().unwrap_or(Ok(()));
-            mapped.map_err(Error::os("map the snapshot's memory"))?;
+            mapped.recv().unwrap_or(Ok(()))?;
             memory::register(&vm, memory)?;
             create_interrupt_controller(&vm)?;
             timeline.mark("memory");
@@ -146,7 +145,7 @@ impl Machine {
             // Nobody reads it: the guest found its devices long ago.
             let mut unread = kernel_cmdline(&BootConfig::default())?;
             let devices = Devices::build(&config, &vm, memory, &exit, &timeline, &mut unread)?;
-            devices.restore(&opened)?;
+            devices.restore(opened)?;
             timeline.mark("devices");
 
             snapshot.vm.restore(&vm)?;
@@ -156,9 +155,9 @@ impl Machine {
             Ok::<_, Error>((vm, exit, devices, fds?))
         })?;
         devices.wake();
-        let (base, origin) = (snapshot.extents.clone(), Some(snapshot.identity));
+        let (mapped, origin) = (opened.extents(), Some(opened.snapshot.identity));
         let vcpus = Vec::new();
-        let machine = Self { config, vcpus, devices, exit, timeline, memory, base, origin, kvm, vm };
+        let machine = Self { config, vcpus, devices, exit, timeline, memory, mapped, origin, kvm, vm };
         Ok(machine.with_vcpus(fds))
     }
 
@@ -192,7 +191,7 @@ impl Machine {
     /// # Errors
     /// When threads or sockets cannot be had.
     pub fn run(self) -> Result<(Outcome, Report)> {
-        let Self { config, vcpus, devices, exit, timeline, memory, base, origin, kvm, vm } = self;
+        let Self { config, vcpus, devices, exit, timeline, memory, mapped, origin, kvm, vm } = self;
         let devices = Arc::new(devices);
         let mut events = EventLoop::new()?;
         for device in &devices.virtio {
@@ -223,7 +222,7 @@ impl Machine {
                 exit: exit.clone(),
                 timeline: Arc::clone(&timeline),
                 memory,
-                base,
+                mapped,
                 origin,
                 insertions: BTreeMap::new(),
                 kvm,
@@ -299,7 +298,7 @@ pub struct Running {
     /// For snapshots, as the rest.
     pub memory: Arc<GuestMemory>,
     /// What of it was mapped from a snapshot.
-    pub base: Vec<Extent>,
+    pub mapped: Vec<Extent>,
     /// Which that was.
     origin: Option<Identity>,
     /// The disks that were put into drives, by the drive's number.

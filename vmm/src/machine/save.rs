@@ -16,11 +16,13 @@ use super::Running;
 use crate::arch::state::{VmState, msr_indices};
 use crate::config::MachineConfig;
 use crate::control::Files;
+use crate::devices::virtio::block::backup::Manner;
 use crate::error::{Error, Result};
 use crate::memory::Backing;
 use crate::random;
-use crate::snapshot::pages;
-use crate::snapshot::{DISK, Identity, Opened, Snapshot, Target, unwritten, working_set};
+use crate::snapshot::{
+    DISK, Form, Identity, Opened, Snapshot, Target, disk, memory, pages, unwritten, working_set,
+};
 use crate::timeline::now_ns;
 use part::{Copied, Part};
 
@@ -36,6 +38,19 @@ pub struct SnapshotRequest {
     /// Names of disks to copy into it, as they are at that moment: disk ID becomes the file `disk-ID`.
     #[serde(default)]
     pub disks: Vec<String>,
+    /// Whether memory and disks are compressed. They are decompressed whole whenever a machine goes on from it.
+    #[serde(default)]
+    pub compress: bool,
+    /// Absolute path of another snapshot: only what differs from it is written, and both are needed to go on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<PathBuf>,
+}
+
+impl SnapshotRequest {
+    /// A whole snapshot, not compressed, without disks.
+    pub fn new(directory: PathBuf, durable: bool) -> Self {
+        Self { directory, durable, disks: Vec::new(), compress: false, base: None }
+    }
 }
 
 fn yes() -> bool {
@@ -81,10 +96,16 @@ impl Running {
         let mut saving = Saving { parts: Vec::new(), directory: request.directory.clone(), taken };
         let target = Target::of(&mut files, request.durable)
             .map_err(|source| unwritten(&request.directory, source))?;
+        // Read before the guest stands still.
+        let base = request.base.as_deref().map(|base| Opened::sent(base, files.take_below())).transpose()?;
+        let before =
+            base.as_ref().map(|base| base.fits_shape(&self.config.machine).and_then(|()| base.to_base()));
+        let before = before.transpose()?;
+        let base = base.as_ref().zip(before.as_ref());
         let stood = self.vcpus.paused();
         let start = now_ns();
         let begun = if self.vcpus.pause() {
-            let begun = self.begin(&mut saving, request, target, &mut files, stood);
+            let begun = self.begin(&mut saving, request, target, &mut files, base, stood);
             self.devices.saved();
             begun
         } else {
@@ -104,11 +125,15 @@ impl Running {
         request: &SnapshotRequest,
         target: Target,
         files: &mut Files,
+        base: Option<(&Opened, &memory::Base)>,
         stood: bool,
     ) -> Result<()> {
+        let (base, before) = base.unzip();
         let config = serde_json::to_string(&self.config).map_err(Error::os("encode the configuration"))?;
         let snapshot = Snapshot {
             identity: identity()?,
+            form: Form::of(request.compress),
+            base: base.map(|base| base.difference(&request.directory)).transpose()?,
             config,
             memory_bytes: self.config.machine.memory_bytes(),
             extents: Vec::new(),
@@ -118,33 +143,40 @@ impl Running {
             vm: VmState::save(&self.vm)?,
         };
         for id in &request.disks {
-            saving.parts.push(self.copy_disk(id, files, request.durable)?);
+            saving.parts.push(self.copy_disk(id, files, request, base)?);
         }
         // Who has the machine standing still anyway saves nothing by a child, and a child nothing where memory is shared.
         let part = if stood || super::backing(&self.config) == Backing::Shared {
-            let written = target.write(snapshot, &self.memory, &self.base);
+            let written = target.write(snapshot, &self.memory, &self.mapped, before);
             Part::done(written.map_err(|source| unwritten(&request.directory, source))?)
         } else {
             let pagemap = pages::pagemap().map_err(Error::os("open /proc/self/pagemap"))?;
             let [memory, state] = target.fds();
             let own = [memory, state, pagemap.as_raw_fd()];
-            Part::fork(&own, || target.write(snapshot, &self.memory, &self.base))
+            Part::fork(&own, || target.write(snapshot, &self.memory, &self.mapped, before))
                 .map_err(Error::os("fork a child that writes the guest's memory"))?
         };
         saving.parts.push(part);
         Ok(())
     }
 
-    fn copy_disk(&self, id: &str, files: &mut Files, durable: bool) -> Result<Part> {
+    fn copy_disk(
+        &self,
+        id: &str,
+        files: &mut Files,
+        request: &SnapshotRequest,
+        base: Option<&Opened>,
+    ) -> Result<Part> {
         let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
         let drives = self.devices.virtio.iter().filter_map(|device| device.drive());
         let found = drives.into_iter().find(|(name, _)| name == id && name.chars().all(plain));
         let (_, disk) =
             found.ok_or_else(|| Error::Config(format!("the machine has no disk {id:?} to copy")))?;
         let failed = |source| Error::Input { what: "disk to copy", path: id.into(), source };
-        let backup =
-            files.take(&format!("{DISK}{id}")).and_then(|target| disk.backup(target)).map_err(failed)?;
-        Part::copy(id, disk, backup, durable).map_err(Error::os("start a thread that copies a disk"))
+        let target = files.take(&format!("{DISK}{id}")).map_err(failed)?;
+        let base = disk::of_base(base, id).map_err(failed)?;
+        let backup = disk.backup(target, Manner { compress: request.compress, base }).map_err(failed)?;
+        Part::copy(id, disk, backup, request.durable).map_err(Error::os("start a thread that copies a disk"))
     }
 }
 

@@ -13,13 +13,12 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::path::Path;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 /// Version of the encoding.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 const MAGIC: [u8; 8] = *b"BLKHSNAP";
 const HEADER: usize = 24;
@@ -106,9 +105,9 @@ pub fn decode<S: DeserializeOwned>(bytes: &[u8]) -> Result<S, Damage> {
 ///
 /// # Errors
 /// When it cannot be read, or is longer than any state.
-pub fn read(path: &Path) -> io::Result<Vec<u8>> {
+pub fn read(file: File) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    File::open(path)?.take(MAX_LENGTH + 1).read_to_end(&mut bytes)?;
+    file.take(MAX_LENGTH + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > MAX_LENGTH {
         return Err(io::Error::new(
             io::ErrorKind::InvalidData,

@@ -1,24 +1,28 @@
-//! The memory of a snapshot: one file as long as guest memory and a page, in which only what is not zero takes space.
+//! The memory of a snapshot: one file as long as guest memory and a page, in which only what is not zero takes space; or a file of
+//! Zstandard frames ([`frame`]) with the same pieces in the same order, no longer than [`frame::MAX_CONTENT`] each, and the trailer.
+//!
+//! A snapshot that has only the difference from another has the pages that are not as they are there.
 //!
 //! The ranges of guest memory follow each other in it. The last page says which snapshot it belongs to. A machine that goes on
 //! from it maps what it holds privately: nothing is read or copied that the guest does not touch, and all such machines share
 //! the host's page cache.
 
 use std::fs::File;
-use std::io::{self, ErrorKind};
+use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
 use serde::{Deserialize, Serialize};
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::pages::pagemap;
-use super::{Identity, Snapshot};
+use super::{Form, Identity, Snapshot, frame};
 use crate::arch::layout::{self, PAGE};
 use crate::memory::GuestMemory;
 use crate::memory::place::{Placement, Way, place};
 
 const MAGIC: [u8; 8] = *b"BLKHMEM\0";
+const TRAILER: usize = 24;
 /// Zero pages between two others that are written out rather than left out: each piece is a mapping of its own later.
 const GAP: u64 = 16 * PAGE;
 /// Most pieces; a process can have 65,530 mappings. With more, larger gaps are written out.
@@ -84,6 +88,10 @@ pub fn check_extents(bytes: u64, extents: &[Extent]) -> Result<(), String> {
 /// # Errors
 /// What is wrong.
 pub fn check_file(file: &File, snapshot: &Snapshot) -> Result<(), String> {
+    if snapshot.form == Form::Zstd {
+        // Its checksums are looked at as it is read.
+        return Ok(());
+    }
     let wanted = snapshot.memory_bytes + PAGE;
     let found = file.metadata().map_err(|error| format!("its memory cannot be looked at: {error}"))?.len();
     if found != wanted {
@@ -91,7 +99,7 @@ pub fn check_file(file: &File, snapshot: &Snapshot) -> Result<(), String> {
             "its memory is {found} bytes long instead of {wanted}: it was cut off or written over"
         ));
     }
-    let mut trailer = [0; 24];
+    let mut trailer = [0; TRAILER];
     file.read_exact_at(&mut trailer, snapshot.memory_bytes)
         .map_err(|error| format!("its memory cannot be read: {error}"))?;
     if trailer != trailer_of(&snapshot.identity) {
@@ -100,8 +108,8 @@ pub fn check_file(file: &File, snapshot: &Snapshot) -> Result<(), String> {
     Ok(())
 }
 
-fn trailer_of(identity: &Identity) -> [u8; 24] {
-    let mut trailer = [0; 24];
+fn trailer_of(identity: &Identity) -> [u8; TRAILER] {
+    let mut trailer = [0; TRAILER];
     for (to, from) in trailer.iter_mut().zip(MAGIC.iter().chain(identity)) {
         *to = *from;
     }
@@ -121,19 +129,65 @@ fn places(bytes: u64) -> Vec<(u64, u64)> {
         .collect()
 }
 
-/// Gives `guest`, which is new, what `file` holds of it.
+/// Gives `guest`, which is new or has what is below this already, what `file` holds of it.
 ///
 /// # Errors
 /// When the file cannot be mapped, or read where memory is shared with other processes.
 pub fn fill(guest: &GuestMemory, file: &File, extents: &[Extent]) -> io::Result<()> {
+    each(guest, extents, |extent, address| {
+        let part = Placement { offset: extent.offset, length: extent.length, address };
+        place(guest, file, part, Way::Map)
+    })
+}
+
+/// The same of a file of frames, which are read to their end; `identity` is the snapshot's.
+///
+/// # Errors
+/// When the file is damaged, cannot be read, or is another snapshot's.
+pub fn fill_compressed(
+    guest: &GuestMemory,
+    file: &File,
+    extents: &[Extent],
+    identity: &Identity,
+) -> io::Result<()> {
+    let mut source = io::BufReader::with_capacity(frame::MAX_CONTENT, file);
+    each(guest, extents, |extent, address| {
+        let mut done = 0;
+        while done < extent.length {
+            let length = (extent.length - done).min(frame::MAX_CONTENT as u64);
+            let slice = guest
+                .get_slice(GuestAddress(address + done), length as usize)
+                .map_err(|error| io::Error::other(error.to_string()))?;
+            // SAFETY: the slice is guest memory, which is mapped for good; no vCPU runs yet, so that nothing else reads or
+            // writes it.
+            let into =
+                unsafe { std::slice::from_raw_parts_mut(slice.ptr_guard_mut().as_ptr(), length as usize) };
+            frame::decompress(&mut source, into)?;
+            done += length;
+        }
+        Ok(())
+    })?;
+    let mut trailer = [0; TRAILER];
+    frame::decompress(&mut source, &mut trailer)?;
+    let end = source.read(&mut [0])? == 0;
+    if trailer == trailer_of(identity) && end {
+        return Ok(());
+    }
+    Err(io::Error::new(ErrorKind::InvalidData, "its memory is not the one that was saved with its state"))
+}
+
+/// Calls `act` with each piece and its address in the guest.
+fn each(
+    guest: &GuestMemory,
+    extents: &[Extent],
+    mut act: impl FnMut(&Extent, u64) -> io::Result<()>,
+) -> io::Result<()> {
     let mut place_in_file = 0;
     let mut rest = extents;
     for region in guest.iter() {
         let end = place_in_file + region.len();
         while let Some((extent, others)) = rest.split_first().filter(|(extent, _)| extent.offset < end) {
-            let address = region.start_addr().0 + (extent.offset - place_in_file);
-            let part = Placement { offset: extent.offset, length: extent.length, address };
-            place(guest, file, part, Way::Map)?;
+            act(extent, region.start_addr().0 + (extent.offset - place_in_file))?;
             rest = others;
         }
         place_in_file = end;
@@ -141,31 +195,52 @@ pub fn fill(guest: &GuestMemory, file: &File, extents: &[Extent]) -> io::Result<
     Ok(())
 }
 
-/// Writes what of `guest` is not zero into `file`, and tells what that was. `base`: what of it was mapped from a file and may
-/// have been touched by nobody. The guest must stand still.
+/// What memory is compared with: that of another snapshot, of which only the difference is written.
+#[derive(Debug)]
+pub struct Base {
+    /// As that snapshot has it.
+    pub memory: GuestMemory,
+    /// Where anything but zeros can be in it.
+    pub extents: Vec<Extent>,
+}
+
+/// Writes what of `guest` is not zero, or differs from `base`, into `file`, and tells what that was. `origin`: what of it was mapped
+/// from a file and may have been touched by nobody. The guest must stand still.
 ///
 /// # Errors
 /// When the file cannot be written.
 pub fn write(
     guest: &GuestMemory,
-    base: &[Extent],
+    origin: &[Extent],
+    base: Option<&Base>,
+    form: Form,
     file: &File,
     identity: &Identity,
 ) -> io::Result<Vec<Extent>> {
     let mut extents = Vec::new();
     let mut offset = 0;
-    for region in guest.iter() {
+    for (number, region) in guest.iter().enumerate() {
         let length = region.len();
         // SAFETY: the region is mapped for good, and neither the guest nor a device writes to it meanwhile: processors stand
         // still and devices work in this thread.
         let bytes = unsafe { std::slice::from_raw_parts(region.as_ptr(), length as usize) };
-        let candidates = match region.file_offset() {
+        let mut candidates = match region.file_offset() {
             Some(shared) => data_of(shared.file(), length)?,
-            None => touched(bytes, base, offset)?,
+            None => touched(bytes, origin, offset)?,
         };
-        for piece in pieces(bytes, &candidates) {
-            extents.push(Extent { offset: offset + piece.offset, length: piece.length });
-        }
+        let below =
+            base.and_then(|base| base.memory.iter().nth(number)).filter(|below| below.len() == length);
+        let found = match (below, base) {
+            (Some(below), Some(base)) => {
+                // SAFETY: mapped for as long as `base` lives, and nobody writes to it: no guest was ever in it.
+                let below = unsafe { std::slice::from_raw_parts(below.as_ptr(), length as usize) };
+                candidates.extend(within(&base.extents, offset, length));
+                candidates.sort_by_key(|extent| extent.offset);
+                pieces(&candidates, 0, |page| page_of(bytes, page) != page_of(below, page))
+            }
+            _ => pieces(&candidates, GAP, |page| !is_zero(bytes, page)),
+        };
+        extents.extend(found.into_iter().map(|piece| Extent { offset: offset + piece.offset, ..piece }));
         offset += length;
     }
     merge(&mut extents, &places(offset));
@@ -176,17 +251,45 @@ pub fn write(
         while let Some(extent) = extents.get(start).filter(|extent| extent.offset < place + length) {
             let from = (extent.offset - place) as usize;
             let piece = bytes.get(from..from + extent.length as usize).unwrap_or_default();
-            file.write_all_at(piece, extent.offset)?;
+            match form {
+                Form::Plain if base.is_some() => write_what_is_not_zero(file, piece, extent.offset)?,
+                Form::Plain => file.write_all_at(piece, extent.offset)?,
+                Form::Zstd => write_frames(file, piece)?,
+            }
             start += 1;
         }
     }
-    file.set_len(offset + PAGE)?;
-    file.write_all_at(&trailer_of(identity), offset)?;
+    match form {
+        Form::Plain => {
+            file.set_len(offset + PAGE)?;
+            file.write_all_at(&trailer_of(identity), offset)?;
+        }
+        Form::Zstd => write_frames(file, &trailer_of(identity))?,
+    }
     Ok(extents)
 }
 
-/// What of `bytes`, private memory at `place`, can be anything but zeros: pages that the process has, and `base`.
-fn touched(bytes: &[u8], base: &[Extent], place: u64) -> io::Result<Vec<Extent>> {
+fn write_frames(mut file: &File, bytes: &[u8]) -> io::Result<()> {
+    bytes.chunks(frame::MAX_CONTENT).try_for_each(|chunk| file.write_all(&frame::compress(chunk)))
+}
+
+/// What was not zero before may be now: such pages are listed, and holes.
+fn write_what_is_not_zero(file: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
+    let all = [Extent { offset: 0, length: bytes.len() as u64 }];
+    pieces(&all, 0, |page| !is_zero(bytes, page)).iter().try_for_each(|piece| {
+        let (from, to) = (piece.offset as usize, piece.end() as usize);
+        file.write_all_at(bytes.get(from..to).unwrap_or_default(), offset + piece.offset)
+    })
+}
+
+/// Those of `extents` that lie in the range of `length` bytes at `place`, by their place in it.
+fn within(extents: &[Extent], place: u64, length: u64) -> impl Iterator<Item = Extent> {
+    let here = move |extent: &&Extent| extent.offset >= place && extent.end() <= place + length;
+    extents.iter().filter(here).map(move |extent| Extent { offset: extent.offset - place, ..*extent })
+}
+
+/// What of `bytes`, private memory at `place`, can be anything but zeros: pages that the process has, and `origin`.
+fn touched(bytes: &[u8], origin: &[Extent], place: u64) -> io::Result<Vec<Extent>> {
     let pagemap = pagemap()?;
     let first = bytes.as_ptr() as u64 / PAGE;
     let pages = bytes.len() as u64 / PAGE;
@@ -205,15 +308,13 @@ fn touched(bytes: &[u8], base: &[Extent], place: u64) -> io::Result<Vec<Extent>>
         }
         page += count as u64;
     }
-    let length = bytes.len() as u64;
-    let here = base.iter().filter(|extent| extent.offset >= place && extent.end() <= place + length);
-    found.extend(here.map(|extent| Extent { offset: extent.offset - place, ..*extent }));
+    found.extend(within(origin, place, bytes.len() as u64));
     found.sort_by_key(|extent| extent.offset);
     Ok(found)
 }
 
 /// What of a memory file of `length` bytes is there.
-fn data_of(file: &File, length: u64) -> io::Result<Vec<Extent>> {
+pub(super) fn data_of(file: &File, length: u64) -> io::Result<Vec<Extent>> {
     let seek = |from: u64, whence| {
         let from = libc::off_t::try_from(from).map_err(io::Error::other)?;
         // SAFETY: takes no pointers. Nobody else uses the file's position.
@@ -242,16 +343,16 @@ fn data_of(file: &File, length: u64) -> io::Result<Vec<Extent>> {
     Ok(found)
 }
 
-/// The runs of pages among `candidates` (sorted, perhaps overlapping) that are not zero, small gaps included.
-fn pieces(bytes: &[u8], candidates: &[Extent]) -> Vec<Extent> {
+/// The runs of those pages among `candidates` (sorted, perhaps overlapping) that `keep` wants, gaps of up to `gap` bytes included.
+fn pieces(candidates: &[Extent], gap: u64, keep: impl Fn(u64) -> bool) -> Vec<Extent> {
     let mut pieces: Vec<Extent> = Vec::new();
     let mut next = 0;
     for candidate in candidates {
         let mut page = candidate.offset.max(next);
         while page < candidate.end() {
-            if !is_zero(bytes, page) {
+            if keep(page) {
                 match pieces.last_mut() {
-                    Some(last) if page - last.end() <= GAP => last.length = page + PAGE - last.offset,
+                    Some(last) if page - last.end() <= gap => last.length = page + PAGE - last.offset,
                     _ => pieces.push(Extent { offset: page, length: PAGE }),
                 }
             }
@@ -262,11 +363,14 @@ fn pieces(bytes: &[u8], candidates: &[Extent]) -> Vec<Extent> {
     pieces
 }
 
-fn is_zero(bytes: &[u8], page: u64) -> bool {
+fn page_of(bytes: &[u8], page: u64) -> &[u8] {
     let start = page as usize;
-    let page = bytes.get(start..start + PAGE as usize).unwrap_or_default();
+    bytes.get(start..start + PAGE as usize).unwrap_or_default()
+}
+
+fn is_zero(bytes: &[u8], page: u64) -> bool {
     // SAFETY: any eight bytes are a number.
-    let (head, words, tail) = unsafe { page.align_to::<u64>() };
+    let (head, words, tail) = unsafe { page_of(bytes, page).align_to::<u64>() };
     head.iter().chain(tail).all(|byte| *byte == 0) && words.iter().all(|word| *word == 0)
 }
 
@@ -296,7 +400,7 @@ mod tests {
     use super::*;
     use crate::memory::{Backing, create};
     use proptest::prelude::*;
-    use vm_memory::{Bytes, GuestAddress};
+    use vm_memory::Bytes;
 
     const IDENTITY: Identity = *b"0123456789abcdef";
 
@@ -325,7 +429,7 @@ mod tests {
                     guest.write_obj(*value, address(*offset)).unwrap();
                 }
                 let file = tempfile::tempfile().unwrap();
-                let extents = write(&guest, &[], &file, &IDENTITY).unwrap();
+                let extents = write(&guest, &[], None, Form::Plain, &file, &IDENTITY).unwrap();
                 prop_assert_eq!(file.metadata().unwrap().len(), bytes + PAGE);
 
                 // Of what goes on from it, a snapshot again: what nobody touched since must be in it too.
@@ -335,7 +439,7 @@ mod tests {
                     copy.write_obj(*value, address(*offset)).unwrap();
                 }
                 let again = tempfile::tempfile().unwrap();
-                let extents = write(&copy, &extents, &again, &IDENTITY).unwrap();
+                let extents = write(&copy, &extents, None, Form::Plain, &again, &IDENTITY).unwrap();
                 let last = create(bytes, Backing::Private).unwrap();
                 fill(&last, &again, &extents).unwrap();
                 let mut model = std::collections::BTreeMap::new();
@@ -346,6 +450,62 @@ mod tests {
                 // And only what was not zero, or close to it, takes space.
                 let kept: u64 = extents.iter().map(|extent| extent.length).sum();
                 prop_assert!(kept <= (writes.len() + later.len()) as u64 * (GAP + PAGE), "{kept}");
+            }
+        }
+
+        /// A chain of differences, each plain or compressed, gives what the last machine had; zeros that came later too.
+        #[test]
+        fn differences_add_up(
+            first in addresses(),
+            steps in proptest::collection::vec((addresses(), any::<bool>(), any::<bool>()), 1..4),
+        ) {
+            let bytes = (3 << 30) + (2 << 20);
+            let guest = create(bytes, Backing::Private).unwrap();
+            let mut model = std::collections::BTreeMap::new();
+            let put = |model: &mut std::collections::BTreeMap<u64, u8>, writes: &[(u64, u8)]| {
+                for (offset, value) in writes {
+                    guest.write_obj(*value, address(*offset)).unwrap();
+                    model.insert(*offset, *value);
+                }
+            };
+            put(&mut model, &first);
+            let mut chain: Vec<(File, Vec<Extent>, Form)> = Vec::new();
+            let restored = |chain: &[(File, Vec<Extent>, Form)]| {
+                let memory = create(bytes, Backing::Private).unwrap();
+                for (file, extents, form) in chain {
+                    match form {
+                        Form::Plain => fill(&memory, file, extents).unwrap(),
+                        Form::Zstd => {
+                            use std::io::Seek;
+                            (&*file).rewind().unwrap();
+                            fill_compressed(&memory, file, extents, &IDENTITY).unwrap();
+                        }
+                    }
+                }
+                let extents = chain.iter().flat_map(|(_, extents, _)| extents.iter().copied()).collect();
+                Base { memory, extents }
+            };
+            let file = tempfile::tempfile().unwrap();
+            let extents = write(&guest, &[], None, Form::Plain, &file, &IDENTITY).unwrap();
+            chain.push((file, extents, Form::Plain));
+            for (writes, back, compressed) in steps {
+                put(&mut model, &writes);
+                if back {
+                    // Everything of the first is zero again.
+                    let zeros: Vec<_> = first.iter().map(|(offset, _)| (*offset, 0)).collect();
+                    put(&mut model, &zeros);
+                }
+                let base = restored(&chain);
+                let form = if compressed { Form::Zstd } else { Form::Plain };
+                let file = tempfile::tempfile().unwrap();
+                let extents = write(&guest, &[], Some(&base), form, &file, &IDENTITY).unwrap();
+                let pages: u64 = extents.iter().map(|extent| extent.length / PAGE).sum();
+                prop_assert!(pages <= (writes.len() + first.len()) as u64, "{pages} pages");
+                chain.push((file, extents, form));
+                let last = restored(&chain);
+                for (offset, value) in &model {
+                    prop_assert_eq!(last.memory.read_obj::<u8>(address(*offset)).unwrap(), *value);
+                }
             }
         }
 
@@ -371,7 +531,7 @@ mod tests {
     fn a_file_of_another_snapshot_or_length_is_refused() {
         let guest = create(1 << 20, Backing::Private).unwrap();
         let file = tempfile::tempfile().unwrap();
-        let extents = write(&guest, &[], &file, &IDENTITY).unwrap();
+        let extents = write(&guest, &[], None, Form::Plain, &file, &IDENTITY).unwrap();
         assert_eq!(extents, []);
         let mut snapshot = crate::snapshot::tests::snapshot(1 << 20, extents);
         assert!(check_file(&file, &snapshot).unwrap_err().contains("not the one"));

@@ -53,7 +53,8 @@ pub fn record(guest: &GuestMemory, mut file: &File, identity: Identity) -> io::R
 
 /// What the record in `directory` says of `snapshot`; nothing when there is none that can be used.
 pub fn read(directory: &Path, snapshot: &Snapshot) -> Vec<Extent> {
-    let record = file::read(&directory.join(WORKING_SET)).ok().and_then(|bytes| file::decode(&bytes).ok());
+    let record = File::open(directory.join(WORKING_SET)).and_then(file::read);
+    let record = record.ok().and_then(|bytes| file::decode(&bytes).ok());
     let Some(Record { identity, extents }) = record else { return Vec::new() };
     let bytes = extents.iter().fold(0_u64, |sum, extent| sum.saturating_add(extent.length));
     let good = identity == snapshot.identity

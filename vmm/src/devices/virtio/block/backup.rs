@@ -9,6 +9,7 @@ use std::sync::Mutex;
 
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
+use crate::snapshot::disk::{Packer, Saved};
 use crate::sync::lock;
 
 /// What is copied at a time, in bytes.
@@ -18,13 +19,31 @@ pub const CLUSTER: u64 = 64 << 10;
 #[derive(Debug)]
 pub struct Backup {
     source: File,
-    target: File,
     length: u64,
+    /// What only the difference from is copied.
+    base: Option<Saved>,
     progress: Mutex<Progress>,
 }
 
+/// Where a copy goes.
+#[derive(Debug)]
+enum Target {
+    Raw(File),
+    Packed(Packer),
+}
+
+/// How a disk is copied.
 #[derive(Debug, Default)]
+pub struct Manner {
+    /// Each cluster is compressed.
+    pub compress: bool,
+    /// Only what differs from this.
+    pub base: Option<Saved>,
+}
+
+#[derive(Debug)]
 struct Progress {
+    target: Target,
     /// A bit for each cluster that is copied, or was found to be zero.
     done: Vec<u64>,
     digest: Digest,
@@ -52,15 +71,25 @@ impl Digest {
 }
 
 impl Backup {
-    /// Begins a copy of `source`, whose first `length` bytes are the disk, in the file `target`, which is empty.
+    /// Begins a copy of `source`, whose first `length` bytes are the disk, in the file `target`, which is empty. It is packed when
+    /// `manner` says anything.
     ///
     /// # Errors
-    /// When that cannot be made as long.
-    pub fn new(source: File, length: u64, target: File) -> io::Result<Self> {
-        target.set_len(length)?;
+    /// When that cannot be made as long, or the base is of another disk.
+    pub fn new(source: File, length: u64, target: File, manner: Manner) -> io::Result<Self> {
+        let Manner { compress, base } = manner;
+        if base.as_ref().is_some_and(|base| base.length() != length) {
+            return Err(io::Error::new(ErrorKind::InvalidInput, "the base's disk has another size"));
+        }
+        let target = if compress || base.is_some() {
+            Target::Packed(Packer::new(target, length, compress, base.is_some()))
+        } else {
+            target.set_len(length)?;
+            Target::Raw(target)
+        };
         let words = usize::try_from(length.div_ceil(CLUSTER).div_ceil(64)).map_err(io::Error::other)?;
-        let progress = Progress { done: vec![0; words], ..Progress::default() };
-        Ok(Self { source, target, length, progress: Mutex::new(progress) })
+        let progress = Progress { target, done: vec![0; words], digest: Digest::default(), failed: None };
+        Ok(Self { source, length, base, progress: Mutex::new(progress) })
     }
 
     /// The guest is about to change `length` bytes at `offset`: they are copied first. A copy that fails is no reason to keep it
@@ -82,6 +111,13 @@ impl Backup {
     /// Why the copy is of no use.
     pub fn run(&self, given_up: impl Fn() -> bool) -> io::Result<Digest> {
         let mut buffer = Vec::new();
+        // What the base has may be gone by now.
+        for number in self.base.as_ref().map_or_else(|| Ok(Vec::new()), Saved::clusters)? {
+            if given_up() {
+                return Err(ErrorKind::Interrupted.into());
+            }
+            self.copy(number, &mut buffer);
+        }
         let mut at = 0;
         while at < self.length {
             let start = match self.seek(at, libc::SEEK_DATA) {
@@ -102,7 +138,13 @@ impl Backup {
         let mut progress = lock(&self.progress);
         // Whatever is written from now on is not part of it.
         progress.done.fill(u64::MAX);
-        progress.failed.take().map_or(Ok(progress.digest), Err)
+        if let Some(error) = progress.failed.take() {
+            return Err(error);
+        }
+        if let Target::Packed(packer) = &mut progress.target {
+            packer.finish()?;
+        }
+        Ok(progress.digest)
     }
 
     /// Makes the copy survive a loss of power.
@@ -110,7 +152,10 @@ impl Backup {
     /// # Errors
     /// When the host cannot.
     pub fn sync(&self) -> io::Result<()> {
-        self.target.sync_all()
+        match &lock(&self.progress).target {
+            Target::Raw(file) => file.sync_all(),
+            Target::Packed(packer) => packer.sync(),
+        }
     }
 
     fn copy(&self, number: u64, buffer: &mut Vec<u8>) {
@@ -123,11 +168,19 @@ impl Backup {
         }
         let offset = number * CLUSTER;
         buffer.resize(CLUSTER.min(self.length.saturating_sub(offset)) as usize, 0);
-        let copied = read_at(&self.source, buffer, offset).and_then(|()| {
-            if is_zero(buffer) {
-                return Ok(());
+        let copied = read_at(&self.source, buffer, offset).and_then(|()| match &mut progress.target {
+            Target::Raw(_) if is_zero(buffer) => Ok(()),
+            Target::Raw(file) => file.write_all_at(buffer, offset),
+            Target::Packed(packer) => {
+                if let Some(base) = &self.base {
+                    let mut before = vec![0; buffer.len()];
+                    base.read(number, &mut before)?;
+                    if before == *buffer {
+                        return Ok(());
+                    }
+                }
+                packer.put(number, buffer)
             }
-            self.target.write_all_at(buffer, offset)
         });
         match copied {
             Ok(()) => progress.digest.add(number, buffer),
@@ -146,20 +199,19 @@ impl Backup {
     }
 }
 
-/// Copies the disk at `from` to the new file `to`, holes and all, and answers the digest of what was copied.
+/// Copies a disk of `length` bytes to the new file `to`, holes and all, and answers the digest of what was copied.
 ///
 /// # Errors
 /// When one cannot be read or the other not written; it is removed then.
-pub fn copy(from: &Path, to: &Path) -> io::Result<Digest> {
-    let source = File::open(from)?;
-    let length = source.metadata()?.len();
+pub fn copy_file(source: File, length: u64, to: &Path) -> io::Result<Digest> {
     let target = OpenOptions::new().write(true).create_new(true).mode(0o600).open(to)?;
-    let backup = Backup::new(source, length, target).inspect_err(|_| drop(std::fs::remove_file(to)))?;
+    let backup = Backup::new(source, length, target, Manner::default())
+        .inspect_err(|_| drop(std::fs::remove_file(to)))?;
     backup.run(|| false).inspect_err(|_| drop(std::fs::remove_file(to)))
 }
 
 /// Fills `buffer` from `offset` on; after the file's end with zeros.
-fn read_at(file: &File, buffer: &mut [u8], mut offset: u64) -> io::Result<()> {
+pub(crate) fn read_at(file: &File, buffer: &mut [u8], mut offset: u64) -> io::Result<()> {
     let mut rest = buffer;
     while !rest.is_empty() {
         match file.read_at(rest, offset) {
@@ -178,7 +230,7 @@ fn read_at(file: &File, buffer: &mut [u8], mut offset: u64) -> io::Result<()> {
     Ok(())
 }
 
-fn is_zero(bytes: &[u8]) -> bool {
+pub(crate) fn is_zero(bytes: &[u8]) -> bool {
     // SAFETY: any eight bytes are a number.
     let (head, words, tail) = unsafe { bytes.align_to::<u64>() };
     head.iter().chain(tail).all(|byte| *byte == 0) && words.iter().all(|word| *word == 0)
@@ -189,6 +241,12 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
     use std::os::unix::fs::MetadataExt;
+
+    fn copy(from: &Path, to: &Path) -> io::Result<Digest> {
+        let source = File::open(from)?;
+        let length = source.metadata()?.len();
+        copy_file(source, length, to)
+    }
 
     fn disk(directory: &Path, clusters: u64) -> (File, std::path::PathBuf) {
         let path = directory.join("disk");
@@ -218,7 +276,8 @@ mod tests {
             let expected = copy(&path, &place.path().join("at rest")).unwrap();
 
             let target = place.path().join("copy");
-            let backup = Backup::new(File::open(&path).unwrap(), length, File::create(&target).unwrap()).unwrap();
+            let to = File::create(&target).unwrap();
+            let backup = Backup::new(File::open(&path).unwrap(), length, to, Manner::default()).unwrap();
             let (early, late) = during.split_at(split.min(during.len()));
             for change in early {
                 backup.preserve(change.0, change.1);
@@ -258,14 +317,20 @@ mod tests {
         file.write_all_at(&[1; 4096], 0).unwrap();
         let length = file.metadata().unwrap().len();
         let open = || File::open(&path).unwrap();
-        let backup = Backup::new(open(), length, File::create(place.path().join("a")).unwrap()).unwrap();
+        let to = File::create(place.path().join("a")).unwrap();
+        let backup = Backup::new(open(), length, to, Manner::default()).unwrap();
         assert_eq!(backup.run(|| true).unwrap_err().kind(), ErrorKind::Interrupted);
 
         let full = Backup {
             source: open(),
-            target: OpenOptions::new().write(true).open("/dev/full").unwrap(),
             length,
-            progress: Mutex::new(Progress { done: vec![0; 1], ..Progress::default() }),
+            base: None,
+            progress: Mutex::new(Progress {
+                target: Target::Raw(OpenOptions::new().write(true).open("/dev/full").unwrap()),
+                done: vec![0; 1],
+                digest: Digest::default(),
+                failed: None,
+            }),
         };
         full.preserve(0, 512);
         full.preserve(length - 1, u64::MAX);

@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use super::backup::Backup;
+use super::backup::{Backup, Manner};
 use super::gpt;
 use crate::sync::lock;
 
@@ -259,11 +259,11 @@ impl Disk {
     ///
     /// # Errors
     /// When the file cannot be made as long, or the disk is one that nobody can write to: there is no need to copy it.
-    pub fn backup(&self, target: File) -> io::Result<Arc<Backup>> {
+    pub fn backup(&self, target: File, manner: Manner) -> io::Result<Arc<Backup>> {
         let Self::Raw(disk @ RawDisk { read_only: false, .. }) = self else {
             return Err(io::Error::new(ErrorKind::InvalidInput, "the guest cannot write to it"));
         };
-        let backup = Arc::new(Backup::new(disk.file.try_clone()?, disk.length, target)?);
+        let backup = Arc::new(Backup::new(disk.file.try_clone()?, disk.length, target, manner)?);
         *lock(&disk.backup) = Some(Arc::clone(&backup));
         Ok(backup)
     }
