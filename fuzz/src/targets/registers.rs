@@ -44,6 +44,9 @@ pub const MMIO: Target = Target {
                 "features toggled",
                 [vec![0], right, writes(&[(0x20, 0), (0x24, 7), (0x20, 1), (0x70, 8)])].concat(),
             ),
+            seed("features that are not offered, and a machine that is saved then", {
+                [vec![1], writes(&[(0x24, 1), (0x20, 0x0f00_0000)]), vec![15, 0, 0, 0]].concat()
+            }),
             seed("configuration space", Script::new().u8(0).u8(1).u16(0xfff).u8(8).u8(1).u16(0x100).u8(3)),
         ]
     },

@@ -247,7 +247,7 @@ impl MmioTransport {
         match offset {
             register::DEVICE_FEATURES_SEL => state.device_features_sel = value,
             register::DRIVER_FEATURES_SEL => state.driver_features_sel = value,
-            register::DRIVER_FEATURES if state.status & status::FEATURES_OK == 0 => {
+            register::DRIVER_FEATURES if state.status & status::FEATURES_OK == 0 && !state.active => {
                 let (shift, keep) = match state.driver_features_sel {
                     0 => (0, u64::MAX << 32),
                     1 => (32, u64::from(u32::MAX)),

@@ -124,7 +124,9 @@ impl MmioTransport {
             state.device.acknowledged();
         }
         let lacking = saved.driver_features & !state.device.features();
-        if lacking != 0 {
+        // What a driver has only asked for is nothing that it uses.
+        let agreed = saved.active || saved.status & status::FEATURES_OK != 0;
+        if agreed && lacking != 0 {
             return Err(format!(
                 "its guest uses features of {name:?} that the one in the configuration does not have ({lacking:#x}); is \
                  it read-only, or of another kind?"
@@ -264,6 +266,30 @@ mod tests {
         };
         let error = Driver::new(net()).move_to(disk(place.path(), false)).err().unwrap();
         assert!(error.contains("net0"), "{error}");
+    }
+
+    #[test]
+    fn a_driver_that_misbehaves_can_be_moved() {
+        // One that has asked for what is not offered.
+        let driver = Driver::new(Box::<Rng>::default());
+        driver.write(0x70, 0);
+        driver.write(0x70, 3);
+        driver.write(0x20, u32::MAX);
+        driver.move_to(Box::<Rng>::default()).unwrap();
+        // One that asks while it is in use.
+        let driver = Driver::new(Box::<Rng>::default());
+        driver.write(0x70, 7);
+        driver.write(0x20, u32::MAX);
+        driver.move_to(Box::<Rng>::default()).unwrap();
+        // One whose device was stopped: it must be reset there, too.
+        let mut driver = Driver::new(Box::<Rng>::default());
+        driver.offer(0, 0, &[(END + 4096, 16, WRITE)]);
+        driver.kick(0);
+        assert!(driver.needs_reset());
+        let mut driver = driver.move_to(Box::<Rng>::default()).unwrap();
+        assert!(driver.needs_reset());
+        driver.start();
+        assert!(!driver.needs_reset());
     }
 
     #[test]
