@@ -158,8 +158,11 @@ impl Store {
             if let Some(diff_id) = digest_of_file(&path, ".erofs").filter(|diff_id| !needed.contains(diff_id))
             {
                 freed = freed.saturating_add(remove(&path)?);
-                remove(&self.content_path(&diff_id))?;
                 layers.push(diff_id);
+            }
+            // Also one whose layer was never finished.
+            if digest_of_file(&path, ".digest").is_some_and(|diff_id| !needed.contains(&diff_id)) {
+                remove(&path)?;
             }
         }
         for path in list(&self.root.join("blobs/sha256"))? {
