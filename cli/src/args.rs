@@ -214,7 +214,7 @@ pub struct ExecArgs {
 
 #[derive(Debug, Args)]
 pub struct SnapshotArgs {
-    /// Compress memory and disk: a quarter of the size or less; copies take longer to start and share no memory.
+    /// Compress memory and disk: copies take longer to start and share no memory.
     #[arg(long)]
     pub compress: bool,
     /// Save only what differs from this snapshot. Copies need both; they can be moved together.
