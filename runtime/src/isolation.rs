@@ -14,8 +14,9 @@ use crate::{Context, Error, Result, names};
 
 /// Kinds of namespaces.
 const NAMESPACES: [&str; 7] = ["cgroup", "ipc", "mnt", "net", "pid", "user", "uts"];
-/// How the kernel calls the monitor and the file server, cut to 15 bytes.
+/// How the kernel calls the monitor.
 const MONITOR: &str = "bulkhead-vmm";
+/// The file server's program.
 const SERVER: &str = "virtiofsd";
 /// Deepest that descendants of a sandbox's process are looked for.
 const DEPTH: usize = 3;
@@ -90,7 +91,8 @@ pub struct Thread {
 pub struct Namespace {
     /// As the kernel numbers it.
     pub id: String,
-    /// Whether it is another than that of the host's first process. `None`: that one cannot be seen.
+    /// Whether it is another than that of the host's first process, or, for who may not see that, than one's own. `None`: neither can be
+    /// seen.
     pub own: Option<bool>,
 }
 
@@ -118,7 +120,7 @@ pub fn of_container(record: &Record, files: &Files) -> Result<Isolation> {
         let id = names::short(&record.id);
         return Err(Error::Usage(format!("container {id} does not run: it has no processes to look at")));
     }
-    let servers = descendants(supervisor).into_iter().filter(|pid| name_of(*pid) == SERVER);
+    let servers = descendants(supervisor).into_iter().filter(|pid| is_server(*pid));
     let says = Client::connect(&files.control()).and_then(|mut client| client.status()).ok();
     Ok(Isolation {
         id: Some(record.id.clone()),
@@ -138,7 +140,7 @@ pub fn of_process(pid: i32) -> Result<Isolation> {
         Error::Usage(format!("neither process {pid} nor one that it has started is a monitor ({MONITOR})"))
     };
     let monitor = family.iter().copied().find(|pid| name_of(*pid) == MONITOR).ok_or_else(none)?;
-    let servers = family.into_iter().filter(|pid| name_of(*pid) == SERVER);
+    let servers = family.into_iter().filter(|pid| is_server(*pid));
     let says = control_of(monitor)
         .and_then(|path| Client::connect(&path).and_then(|mut client| client.status()).ok());
     Ok(Isolation {
@@ -185,6 +187,14 @@ fn children(pid: i32) -> Vec<i32> {
 
 fn name_of(pid: i32) -> String {
     fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().trim_end().to_owned()
+}
+
+/// Whether it is a file server, perhaps run by a loader of its own, whose name it has then.
+fn is_server(pid: i32) -> bool {
+    let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let mut words =
+        line.split(|byte| *byte == 0).map(|word| PathBuf::from(String::from_utf8_lossy(word).into_owned()));
+    words.any(|word| word.file_name().is_some_and(|name| name == SERVER))
 }
 
 /// The lines of a status file.
@@ -272,7 +282,9 @@ fn namespace(place: &Path, kind: &str) -> Option<Namespace> {
     let of =
         |place: &Path| Some(fs::read_link(place.join("ns").join(kind)).ok()?.to_string_lossy().into_owned());
     let id = of(place)?;
-    let own = of(Path::new("/proc/1")).map(|host| host != id);
+    // Who may not see those of the host's first process is in them by all likelihood.
+    let host = of(Path::new("/proc/1")).or_else(|| of(Path::new("/proc/self")));
+    let own = host.map(|host| host != id);
     Some(Namespace { id, own })
 }
 

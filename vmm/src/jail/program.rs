@@ -146,10 +146,7 @@ fn search(calls: &[(u32, Vec<sock_filter>)]) -> Vec<sock_filter> {
     if calls.len() <= LEAF {
         let mut code = Vec::new();
         for (number, verdict) in calls {
-            code.push(sock_filter { code: JUMP_EQUAL, jt: 0, jf: 1, k: *number });
-            // Of a jump that depends the distance has eight bits only.
-            code.push(instruction(JUMP, 1));
-            code.push(instruction(JUMP, verdict.len() as u32));
+            code.extend(past(JUMP_EQUAL, *number, verdict.len(), false));
             code.extend(verdict);
         }
         code.push(instruction(RETURN, TRAP));
@@ -157,11 +154,24 @@ fn search(calls: &[(u32, Vec<sock_filter>)]) -> Vec<sock_filter> {
     }
     let (below, above) = calls.split_at(calls.len() / 2);
     let first = above.first().map_or(u32::MAX, |(number, _)| *number);
-    let (below, above) = (search(below), search(above));
-    let mut code = vec![unless(JUMP_NOT_BELOW, first, 1), instruction(JUMP, below.len() as u32)];
+    let below = search(below);
+    let mut code = past(JUMP_NOT_BELOW, first, below.len(), true);
     code.extend(below);
-    code.extend(above);
+    code.extend(search(above));
     code
+}
+
+/// Leaves out the next `length` instructions if the comparison's result is `when`.
+fn past(code: u16, k: u32, length: usize, when: bool) -> Vec<sock_filter> {
+    match (u8::try_from(length), when) {
+        (Ok(length), true) => vec![sock_filter { code, jt: length, jf: 0, k }],
+        (Ok(length), false) => vec![sock_filter { code, jt: 0, jf: length, k }],
+        // The distance of a jump that depends on something has eight bits only.
+        (Err(_), when) => {
+            let (jt, jf) = if when { (0, 1) } else { (1, 0) };
+            vec![sock_filter { code, jt, jf, k }, instruction(JUMP, length as u32)]
+        }
+    }
 }
 
 #[cfg(test)]
@@ -218,7 +228,7 @@ mod tests {
         prop_oneof![
             Just(Verdict { always: Some(ALLOW), tests: Vec::new() }),
             Just(Verdict { always: Some(NO_SUCH_CALL), tests: Vec::new() }),
-            proptest::collection::vec(test(), 1..20).prop_map(|tests| Verdict { always: None, tests }),
+            proptest::collection::vec(test(), 1..120).prop_map(|tests| Verdict { always: None, tests }),
         ]
     }
 

@@ -198,6 +198,12 @@ pub const TABLE: &[Entry] = &[
         ),
         "files that come later",
     ),
+    entry(
+        Sysno::memfd_create,
+        MAIN,
+        Exactly(1, libc::MFD_CLOEXEC as u64),
+        "what virtiofsd knows of the guest, for a snapshot",
+    ),
     entry(Sysno::unlink, MAIN, Always, "its own sockets, at the end; in a jail there is nothing else"),
     // Devices of the host.
     entry(Sysno::ioctl, VCPU, Is(1, VCPU_IOCTLS), "KVM: the guest runs, and is asked where it is"),

@@ -239,7 +239,6 @@ fn nothing_dangerous_is_in_the_table() {
         Sysno::userfaultfd,
         Sysno::perf_event_open,
         Sysno::keyctl,
-        Sysno::memfd_create,
         Sysno::listen,
         Sysno::bind,
         Sysno::chmod,
