@@ -9,6 +9,7 @@ use bulkhead_tests::host::Host;
 use bulkhead_tests::process::{Finished, Program};
 use bulkhead_tests::registry::Needs;
 use bulkhead_tests::test;
+use serde_json::json;
 
 use crate::daemons::{Daemon, Step, lives, side_by_side};
 
@@ -16,9 +17,9 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 /// docker's command line, with a runtime.
 #[derive(Clone, Copy)]
-struct Docker<'a> {
-    host: &'a Host,
-    runtime: &'static str,
+pub struct Docker<'a> {
+    pub host: &'a Host,
+    pub runtime: &'static str,
 }
 
 impl Docker<'_> {
@@ -27,12 +28,12 @@ impl Docker<'_> {
         Program::new(["docker", "-H", &socket]).args(words.iter().copied())
     }
 
-    fn call(&self, words: &[&str]) -> Result<Finished> {
+    pub fn call(&self, words: &[&str]) -> Result<Finished> {
         Self::program(self.host, words).run()
     }
 
     /// `docker run FLAGS busybox sh -c SCRIPT`.
-    fn run(&self, flags: &[&str], script: &str) -> Result<Finished> {
+    pub fn run(&self, flags: &[&str], script: &str) -> Result<Finished> {
         self.image(flags, &["busybox", "sh", "-c", script])
     }
 
@@ -40,17 +41,17 @@ impl Docker<'_> {
         self.call(&[&["run", "--runtime", self.runtime], flags, command].concat())
     }
 
-    fn inspect(&self, container: &str, format: &str) -> Result<String> {
+    pub fn inspect(&self, container: &str, format: &str) -> Result<String> {
         Ok(self.call(&["inspect", "-f", format, container])?.ok()?.stdout().trim_end().to_owned())
     }
 
-    fn is(&self, container: &str, format: &str, expected: &str) -> Result<()> {
+    pub fn is(&self, container: &str, format: &str, expected: &str) -> Result<()> {
         let found = self.inspect(container, format)?;
         ensure!(found == expected, "{format} of {container} is {found:?}, not {expected:?}");
         Ok(())
     }
 
-    fn all(&self, calls: &[&[&str]]) -> Result<()> {
+    pub fn all(&self, calls: &[&[&str]]) -> Result<()> {
         calls.iter().try_for_each(|words| self.call(words)?.ok().map(drop))
     }
 }
@@ -294,7 +295,7 @@ fn more_steps<'a>() -> [Step<Docker<'a>>; 4] {
 
 test!(the_same_as_with_runc, Needs::engines().deadline(300).shows_output());
 fn the_same_as_with_runc(host: &Host) -> Result<()> {
-    with_daemon(host, |[runc, bulkhead]| {
+    with_daemon(host, false, |[runc, bulkhead]| {
         let done = side_by_side(&[("runc", runc), ("bulkhead", bulkhead)], &steps());
         done.and(side_by_side(&[("bulkhead", bulkhead)], &more_steps()))
     })
@@ -305,12 +306,18 @@ test!(
     Needs::engines().deadline(300).shows_output().pending("shows that the script is right; half a minute")
 );
 fn more_as_with_runc(host: &Host) -> Result<()> {
-    with_daemon(host, |[runc, _]| side_by_side(&[("runc", runc)], &more_steps()))
+    with_daemon(host, false, |[runc, _]| side_by_side(&[("runc", runc)], &more_steps()))
 }
 
-fn with_daemon(host: &Host, work: impl FnOnce([Docker<'_>; 2]) -> Result<()>) -> Result<()> {
+/// dockerd, for the time of `work`. With `experimental` it has checkpoints.
+pub fn with_daemon(
+    host: &Host,
+    experimental: bool,
+    work: impl FnOnce([Docker<'_>; 2]) -> Result<()>,
+) -> Result<()> {
     let dir = host.work().display();
-    let settings = r#"{"runtimes": {"bulkhead": {"path": "/usr/local/bin/bulkhead-oci"}}}"#;
+    let runtimes = json!({"bulkhead": {"path": "/usr/local/bin/bulkhead-oci"}});
+    let settings = json!({"runtimes": runtimes, "experimental": experimental}).to_string();
     let settings = host.file("daemon.json", settings)?;
     let command = format!(
         "dockerd -H unix://{dir}/docker.sock --config-file {} --exec-opt native.cgroupdriver=cgroupfs -s overlay2 \
