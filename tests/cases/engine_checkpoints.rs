@@ -74,28 +74,28 @@ fn containerd_saves(host: &Host) -> Result<()> {
     done
 }
 
-fn containers_of_dockerd(docker: &Docker<'_>) -> Result<()> {
-    docker.run(&["-d", "--name", "d1", "-m", "64m"], COUNTER)?.ok()?;
-    let said = || Ok::<_, anyhow::Error>(docker.call(&["logs", "d1"])?.ok()?.stdout());
+fn containers_of_dockerd(docker: &Docker<'_>, one: &str) -> Result<()> {
+    docker.run(&["-d", "--name", one, "-m", "64m"], COUNTER)?.ok()?;
+    let said = || Ok::<_, anyhow::Error>(docker.call(&["logs", one])?.ok()?.stdout());
     let host = docker.host;
     host.eventually("it to count", PATIENCE, || Ok(last(&said()?) > 3))?;
-    docker.all(&[&["checkpoint", "create", "--leave-running", "d1", "early"]])?;
-    docker.is("d1", "{{.State.Status}}", "running")?;
-    docker.all(&[&["checkpoint", "create", "d1", "late"]])?;
-    docker.call(&["checkpoint", "ls", "d1"])?.ok()?.stdout_has("early")?.stdout_has("late")?;
-    host.eventually("it to end", PATIENCE, || Ok(docker.inspect("d1", "{{.State.Status}}")? == "exited"))?;
+    docker.all(&[&["checkpoint", "create", "--leave-running", one, "early"]])?;
+    docker.is(one, "{{.State.Status}}", "running")?;
+    docker.all(&[&["checkpoint", "create", one, "late"]])?;
+    docker.call(&["checkpoint", "ls", one])?.ok()?.stdout_has("early")?.stdout_has("late")?;
+    host.eventually("it to end", PATIENCE, || Ok(docker.inspect(one, "{{.State.Status}}")? == "exited"))?;
     let before = last(&said()?);
-    docker.all(&[&["start", "--checkpoint", "late", "d1"]])?;
+    docker.all(&[&["start", "--checkpoint", "late", one]])?;
     host.eventually("it to go on", PATIENCE, || Ok(last(&said()?) > before + 3))?;
-    docker.call(&["exec", "d1", "head", "-n", "1", "/said"])?.ok()?.stdout_is("1\n")?;
-    let address = ["exec", "d1", "ip", "-4", "-o", "address", "show", "eth0"];
+    docker.call(&["exec", one, "head", "-n", "1", "/said"])?.ok()?.stdout_is("1\n")?;
+    let address = ["exec", one, "ip", "-4", "-o", "address", "show", "eth0"];
     docker.call(&address)?.ok()?.stdout_has("172.17.")?;
-    docker.all(&[&["checkpoint", "rm", "d1", "early"], &["rm", "-f", "d1"]])
+    docker.all(&[&["checkpoint", "rm", one, "early"], &["rm", "-f", one]])
 }
 
 test!(dockerd_saves_and_restores, Needs::engines().deadline(200).shows_output());
 fn dockerd_saves_and_restores(host: &Host) -> Result<()> {
-    let done = with_daemon(host, true, |[_, docker]| containers_of_dockerd(&docker));
+    let done = with_daemon(host, true, |[_, docker]| containers_of_dockerd(&docker, "d1"));
     sweep()?;
     done
 }

@@ -528,6 +528,7 @@ mod tests {
     fn find_takes_names_ids_and_prefixes() {
         let (_dir, layout) = layout();
         let web = Reservation::make(&layout, Some("web")).unwrap();
+        record(&web).save(&web.files).unwrap();
         assert_eq!(find(&layout, "web").unwrap(), web.id);
         assert_eq!(find(&layout, &web.id).unwrap(), web.id);
         assert_eq!(find(&layout, names::short(&web.id)).unwrap(), web.id);

@@ -1,4 +1,4 @@
-//! The memory of a snapshot: one file as long as guest memory and a page, in which only what is not zero takes space; or a file of
+//! The memory of a snapshot: one file as long as guest memory and a page, in which only pages that are not zero take space; or a file of
 //! Zstandard frames ([`frame`]) with the same pieces in the same order, no longer than [`frame::MAX_CONTENT`] each, and the trailer.
 //!
 //! A snapshot that has only the difference from another has the pages that are not as they are there.
@@ -23,9 +23,9 @@ use crate::memory::place::{Placement, Way, place};
 
 const MAGIC: [u8; 8] = *b"BLKHMEM\0";
 const TRAILER: usize = 24;
-/// Zero pages between two others that are written out rather than left out: each piece is a mapping of its own later.
+/// Zero pages between two others that are mapped with them: each piece is a mapping of its own later.
 const GAP: u64 = 16 * PAGE;
-/// Most pieces; a process can have 65,530 mappings. With more, larger gaps are written out.
+/// Most pieces; a process can have 65,530 mappings. With more, larger gaps are closed.
 const MAX_EXTENTS: usize = 8192;
 /// Entries of /proc/self/pagemap read at once.
 const ENTRIES: usize = 8192;
@@ -217,7 +217,7 @@ pub fn write(
     file: &File,
     identity: &Identity,
 ) -> io::Result<Vec<Extent>> {
-    let mut extents = Vec::new();
+    let mut written = Vec::new();
     let mut offset = 0;
     for (number, region) in guest.iter().enumerate() {
         let length = region.len();
@@ -236,19 +236,26 @@ pub fn write(
                 let below = unsafe { std::slice::from_raw_parts(below.as_ptr(), length as usize) };
                 candidates.extend(within(&base.extents, offset, length));
                 candidates.sort_by_key(|extent| extent.offset);
-                pieces(&candidates, 0, |page| page_of(bytes, page) != page_of(below, page))
+                pieces(&candidates, |page| page_of(bytes, page) != page_of(below, page))
             }
-            _ => pieces(&candidates, GAP, |page| !is_zero(bytes, page)),
+            _ => pieces(&candidates, |page| !is_zero(bytes, page)),
         };
-        extents.extend(found.into_iter().map(|piece| Extent { offset: offset + piece.offset, ..piece }));
+        written.extend(found.into_iter().map(|piece| Extent { offset: offset + piece.offset, ..piece }));
         offset += length;
     }
+    // Of gaps between pages that are written nothing is, but they are mapped with them: what is in a gap is zero, as in the base.
+    let mut extents = written.clone();
+    if base.is_none() {
+        close_gaps(&mut extents, GAP, &places(offset));
+    }
     merge(&mut extents, &places(offset));
+    // A difference has all pages of its pieces, those of gaps too.
+    let written = if form == Form::Plain && base.is_none() { &written } else { &extents };
     let mut start = 0;
     for (region, (place, length)) in guest.iter().zip(places(offset)) {
         // SAFETY: as above.
         let bytes = unsafe { std::slice::from_raw_parts(region.as_ptr(), length as usize) };
-        while let Some(extent) = extents.get(start).filter(|extent| extent.offset < place + length) {
+        while let Some(extent) = written.get(start).filter(|extent| extent.offset < place + length) {
             let from = (extent.offset - place) as usize;
             let piece = bytes.get(from..from + extent.length as usize).unwrap_or_default();
             match form {
@@ -276,7 +283,7 @@ fn write_frames(mut file: &File, bytes: &[u8]) -> io::Result<()> {
 /// What was not zero before may be now: such pages are listed, and holes.
 fn write_what_is_not_zero(file: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
     let all = [Extent { offset: 0, length: bytes.len() as u64 }];
-    pieces(&all, 0, |page| !is_zero(bytes, page)).iter().try_for_each(|piece| {
+    pieces(&all, |page| !is_zero(bytes, page)).iter().try_for_each(|piece| {
         let (from, to) = (piece.offset as usize, piece.end() as usize);
         file.write_all_at(bytes.get(from..to).unwrap_or_default(), offset + piece.offset)
     })
@@ -343,8 +350,8 @@ pub(super) fn data_of(file: &File, length: u64) -> io::Result<Vec<Extent>> {
     Ok(found)
 }
 
-/// The runs of those pages among `candidates` (sorted, perhaps overlapping) that `keep` wants, gaps of up to `gap` bytes included.
-fn pieces(candidates: &[Extent], gap: u64, keep: impl Fn(u64) -> bool) -> Vec<Extent> {
+/// The runs of those pages among `candidates` (sorted, perhaps overlapping) that `keep` wants.
+fn pieces(candidates: &[Extent], keep: impl Fn(u64) -> bool) -> Vec<Extent> {
     let mut pieces: Vec<Extent> = Vec::new();
     let mut next = 0;
     for candidate in candidates {
@@ -352,7 +359,7 @@ fn pieces(candidates: &[Extent], gap: u64, keep: impl Fn(u64) -> bool) -> Vec<Ex
         while page < candidate.end() {
             if keep(page) {
                 match pieces.last_mut() {
-                    Some(last) if page - last.end() <= gap => last.length = page + PAGE - last.offset,
+                    Some(last) if page == last.end() => last.length = page + PAGE - last.offset,
                     _ => pieces.push(Extent { offset: page, length: PAGE }),
                 }
             }
@@ -374,25 +381,28 @@ fn is_zero(bytes: &[u8], page: u64) -> bool {
     head.iter().chain(tail).all(|byte| *byte == 0) && words.iter().all(|word| *word == 0)
 }
 
-/// Makes `extents` few enough by closing the smallest gaps, never across two ranges.
+/// Makes `extents` few enough by closing the smallest gaps.
 fn merge(extents: &mut Vec<Extent>, ranges: &[(u64, u64)]) {
     let mut gap = GAP;
     while extents.len() > MAX_EXTENTS {
         gap *= 2;
-        let mut merged: Vec<Extent> = Vec::with_capacity(MAX_EXTENTS);
-        for extent in extents.iter() {
-            let range = |offset| ranges.iter().rposition(|(start, _)| *start <= offset);
-            match merged.last_mut() {
-                Some(last)
-                    if range(last.offset) == range(extent.offset) && extent.offset - last.end() <= gap =>
-                {
-                    last.length = extent.end() - last.offset;
-                }
-                _ => merged.push(*extent),
-            }
-        }
-        *extents = merged;
+        close_gaps(extents, gap, ranges);
     }
+}
+
+/// Joins those of `extents` with no more than `gap` bytes between them, never across two ranges.
+fn close_gaps(extents: &mut Vec<Extent>, gap: u64, ranges: &[(u64, u64)]) {
+    let range = |offset| ranges.iter().rposition(|(start, _)| *start <= offset);
+    let mut closed: Vec<Extent> = Vec::new();
+    for extent in extents.iter() {
+        match closed.last_mut() {
+            Some(last) if range(last.offset) == range(extent.offset) && extent.offset - last.end() <= gap => {
+                last.length = extent.end() - last.offset;
+            }
+            _ => closed.push(*extent),
+        }
+    }
+    *extents = closed;
 }
 
 #[cfg(test)]

@@ -159,7 +159,7 @@ impl Opened {
         Self::open_with(directory, &Source::Directory, 1)
     }
 
-    /// The snapshot in `directory` of which `files` came, as [`Self::send`] sends them.
+    /// The snapshot in `directory` of which `files` came, as a client sends them with a request.
     ///
     /// # Errors
     /// As [`Self::open`].
