@@ -4,6 +4,9 @@
 //! Read in this order: [`verbs`] (what each verb does), [`sandbox`] (the process that is a container on the host),
 //! [`config`] (what of config.json is whose).
 
+// Nobody else's interface: its documentation is for those who change it.
+#![allow(rustdoc::private_intra_doc_links)]
+
 #[doc(hidden)]
 pub mod args;
 #[doc(hidden)]
