@@ -8,6 +8,7 @@
 //! host talks to the agent), [`state`] (what is on disk).
 
 pub mod binds;
+pub mod clone;
 pub mod copy;
 pub mod doctor;
 pub mod drives;

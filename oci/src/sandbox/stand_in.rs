@@ -9,6 +9,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
+use bulkhead_runtime::clone::clone3;
 use bulkhead_runtime::network::NamespaceRef;
 use bulkhead_runtime::supervise::Wire;
 use bulkhead_runtime::terminal::Signals;
@@ -47,20 +48,6 @@ pub struct StandIn {
     /// Its pid here.
     pub pid: i32,
     wire: Wire,
-}
-
-/// `struct clone_args`, clone(2), its first version.
-#[repr(C)]
-#[derive(Default)]
-struct CloneArgs {
-    flags: u64,
-    pidfd: u64,
-    child_tid: u64,
-    parent_tid: u64,
-    exit_signal: u64,
-    stack: u64,
-    stack_size: u64,
-    tls: u64,
 }
 
 impl StandIn {
@@ -139,15 +126,8 @@ fn with_pids(namespace: &File, fork: impl FnOnce() -> std::io::Result<i32>) -> s
 }
 
 fn clone(flags: i32) -> std::io::Result<i32> {
-    let flags = u64::from((flags | libc::CLONE_PARENT).unsigned_abs());
-    let args = CloneArgs { flags, ..CloneArgs::default() };
-    // SAFETY: the arguments are initialised and as long as is said; without CLONE_VM the child has a copy of this process,
-    // which has one thread, so it may go on as after fork().
-    let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of::<CloneArgs>()) };
-    if pid < 0 {
-        return Err(std::io::Error::last_os_error());
-    }
-    Ok(i32::try_from(pid).unwrap_or(-1))
+    // SAFETY: this process has one thread, so the child may go on as after fork().
+    unsafe { clone3(flags | libc::CLONE_PARENT, 0, None) }
 }
 
 /// Its whole life; the answer is its exit status.

@@ -13,6 +13,8 @@ use std::ptr;
 
 use rustix::process::{Pid, Signal, WaitOptions, pidfd_send_signal, waitpid};
 
+use crate::clone::clone3;
+
 /// Namespaces that a program is born in.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Namespaces {
@@ -48,20 +50,6 @@ pub struct Process {
     pid: u32,
     pidfd: OwnedFd,
     ended: Option<ExitStatus>,
-}
-
-/// `struct clone_args`, clone(2), its first version.
-#[repr(C)]
-#[derive(Default)]
-struct CloneArgs {
-    flags: u64,
-    pidfd: u64,
-    child_tid: u64,
-    parent_tid: u64,
-    exit_signal: u64,
-    stack: u64,
-    stack_size: u64,
-    tls: u64,
 }
 
 /// What the child needs, made before it is there: it may allocate nothing.
@@ -146,22 +134,14 @@ impl Spawn<'_> {
         };
         let mut pidfd: libc::c_int = -1;
         let flag = |wanted, flag: libc::c_int| if wanted { flag } else { 0 };
-        let flags = libc::CLONE_PIDFD
-            | flag(namespaces.pid, libc::CLONE_NEWPID)
-            | flag(namespaces.user, libc::CLONE_NEWUSER);
-        let arguments = CloneArgs {
-            flags: u64::from(flags.unsigned_abs()),
-            pidfd: (&raw mut pidfd) as u64,
-            exit_signal: u64::from(libc::SIGCHLD.unsigned_abs()),
-            ..CloneArgs::default()
-        };
-        // SAFETY: the arguments are initialised and as long as is said; without CLONE_VM the child has a copy of this process.
-        // There it is alone, whatever other threads held here: `become_program` makes system calls on what was prepared before.
-        let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw const arguments, size_of::<CloneArgs>()) };
+        let flags = flag(namespaces.pid, libc::CLONE_NEWPID) | flag(namespaces.user, libc::CLONE_NEWUSER);
+        // SAFETY: the child is alone, whatever other threads held here: `become_program` makes system calls on what was prepared
+        // before.
+        let pid = unsafe { clone3(flags, libc::SIGCHLD, Some(&mut pidfd)) };
         match pid {
-            -1 => Err(io::Error::last_os_error()),
-            0 => prepared.become_program(),
-            pid => {
+            Err(error) => Err(error),
+            Ok(0) => prepared.become_program(),
+            Ok(pid) => {
                 // SAFETY: the kernel has made it for us.
                 let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
                 Ok(Process { pid: u32::try_from(pid).map_err(io::Error::other)?, pidfd, ended: None })
