@@ -5,13 +5,12 @@ use rustix::event::{PollFd, PollFlags, poll};
 use serde_json::Value;
 
 use crate::monitor::Shape;
-use crate::network::Network;
 use crate::options::{RunOptions, parse_signal};
 use crate::pool;
 use crate::relay::Ends;
 use crate::shares::{Access, Shares};
 use crate::spec::{self, ProcessUser};
-use crate::state::{Files, RECORD_VERSION, Record, Reservation, Status, now_ns, private_dir, remove_files};
+use crate::state::{Files, Record, Reservation, private_dir, remove_files};
 use crate::supervise::{self, Ask, Plan, Tell, Wire};
 use crate::terminal::{DEFAULT_DETACH_KEYS, DetachKeys, Raw, Signals};
 use crate::verify::Stamps;
@@ -146,24 +145,10 @@ impl<'a> Order<'a> {
     /// The record of container `id`, which nobody runs yet.
     pub fn record(&self, id: &str, name: &str) -> Record {
         Record {
-            version: RECORD_VERSION,
-            id: id.to_owned(),
             name: name.to_owned(),
-            image: self.image_name.to_owned(),
-            image_id: self.image.id.to_string(),
             command: self.command.clone(),
             stop_signal: self.stop_signal,
-            status: Status::Created,
-            exit: None,
-            created_ns: now_ns(),
-            started_ns: 0,
-            finished_ns: 0,
-            supervisor_pid: 0,
-            monitor_pid: 0,
-            kernel: String::new(),
-            guest_id: String::new(),
-            given: Network::default(),
-            options: self.options.clone(),
+            ..Record::new(id.to_owned(), self.image_name, self.image, self.options.clone())
         }
     }
 

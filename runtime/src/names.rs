@@ -32,7 +32,7 @@ const NOUNS: [&str; 16] = [
 pub fn new_id() -> Result<String> {
     let mut bytes = [0u8; 32];
     random(&mut bytes)?;
-    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(hex(&bytes))
 }
 
 /// Fills `bytes` from the kernel's random number generator.
@@ -84,6 +84,11 @@ pub fn check(name: &str) -> Result<()> {
 #[must_use]
 pub fn short(id: &str) -> &str {
     id.get(..12).unwrap_or(id)
+}
+
+/// Two digits for each byte.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]

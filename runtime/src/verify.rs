@@ -100,14 +100,32 @@ impl Stamps {
     }
 }
 
+/// The host's boot, which has a name of its own.
+pub(crate) fn boot_id() -> Result<String> {
+    fs::read_to_string(BOOT_ID).context(|| format!("cannot read {BOOT_ID}"))
+}
+
+/// What a file looks like from outside, which is another when it was replaced or written to.
+pub(crate) fn looks(about: &fs::Metadata) -> String {
+    let (modified, changed) = ((about.mtime(), about.mtime_nsec()), (about.ctime(), about.ctime_nsec()));
+    format!(
+        "{} {} {} {}.{} {}.{}",
+        about.dev(),
+        about.ino(),
+        about.len(),
+        modified.0,
+        modified.1,
+        changed.0,
+        changed.1
+    )
+}
+
 /// A name for the files as they are now, and what they are to be.
 fn stamp(parts: &[Part]) -> Result<String> {
-    let mut text = fs::read_to_string(BOOT_ID).context(|| format!("cannot read {BOOT_ID}"))?;
+    let mut text = boot_id()?;
     for Part { what, path, digest, .. } in parts {
         let about = fs::metadata(path).context(|| format!("cannot look at the {what} {}", path.display()))?;
-        let (modified, changed) = ((about.mtime(), about.mtime_nsec()), (about.ctime(), about.ctime_nsec()));
-        let file = format!("{} {} {}", about.dev(), about.ino(), about.len());
-        let _ = writeln!(text, "{file} {modified:?} {changed:?} {digest}");
+        let _ = writeln!(text, "{} {digest}", looks(&about));
     }
     Ok(Digest::of(text.as_bytes()).hex())
 }

@@ -7,7 +7,7 @@
 mod rules;
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -16,8 +16,6 @@ pub use self::rules::Rules;
 use crate::options::{RunOptions, Seccomp};
 use crate::shares::Access;
 use crate::{Error, Result, settings, spec};
-
-const MAX_BYTES: u64 = 1 << 20;
 
 /// The rules in force, and where they are from.
 #[derive(Debug)]
@@ -219,12 +217,7 @@ fn text_of(path: &Path) -> io::Result<Option<String>> {
     if about.uid() != 0 || about.mode() & 0o022 != 0 {
         return Err(io::Error::other("others than root may write to it (chown root:root, chmod 644)"));
     }
-    let mut text = String::new();
-    file.take(MAX_BYTES + 1).read_to_string(&mut text)?;
-    if text.len() as u64 > MAX_BYTES {
-        return Err(io::Error::other(format!("it has more than {MAX_BYTES} bytes")));
-    }
-    Ok(Some(text))
+    settings::text_in(file).map(Some)
 }
 
 #[cfg(test)]

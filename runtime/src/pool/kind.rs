@@ -13,7 +13,7 @@ use crate::options::RunOptions;
 use crate::state::RECORD_VERSION;
 use crate::supervise::disks;
 use crate::template::{self, Wanted};
-use crate::{Artefacts, Layout, Result};
+use crate::{Artefacts, Layout, Result, names};
 
 /// Raised when what is sent to a machine that waits changes its meaning.
 const VERSION: u32 = 1;
@@ -56,9 +56,9 @@ pub(super) fn of(
     for layer in &image.layers {
         add(layer.as_os_str().as_encoded_bytes());
     }
-    Ok(Some(
-        hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect::<String>()[..DIGITS].to_owned(),
-    ))
+    let mut digits = names::hex(&hasher.finalize());
+    digits.truncate(DIGITS);
+    Ok(Some(digits))
 }
 
 /// What containers have in common that a pool with these wishes is for.

@@ -35,7 +35,7 @@ use sha2::{Digest, Sha256};
 use crate::launch::become_supervisor;
 use crate::network::NetworkWish;
 use crate::state::{self, private_dir};
-use crate::{Context, Error, Layout, Result};
+use crate::{Context, Error, Layout, Result, names};
 
 use control::Ask;
 use keeper::Keeper;
@@ -70,7 +70,7 @@ impl Wishes {
     fn id(&self) -> Result<String> {
         let wishes = Self { count: 0, ..self.clone() };
         let text = serde_json::to_vec(&wishes).context(|| "cannot name a pool".into())?;
-        let digest: String = Sha256::digest(&text).iter().map(|byte| format!("{byte:02x}")).collect();
+        let digest = names::hex(&Sha256::digest(&text));
         Ok(digest.get(..ID).unwrap_or(&digest).to_owned())
     }
 }

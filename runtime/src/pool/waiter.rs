@@ -12,9 +12,8 @@ use serde_json::Value;
 use super::letter::{self, Letter};
 use super::{Wishes, control, forget, kind};
 use crate::launch::detach_keys;
-use crate::network::Network;
 use crate::relay::Ends;
-use crate::state::{self, Files, Nameless, RECORD_VERSION, Record, Status, now_ns, private_dir};
+use crate::state::{self, Files, Nameless, Record, private_dir};
 use crate::supervise::{Plan, Tell, Waiting, Wire};
 use crate::{Artefacts, Context, Layout, Result, trace};
 
@@ -91,26 +90,7 @@ fn warm(layout: &Layout, wishes: &Wishes, goods: Goods, keeper: Wire) -> Result<
     let made = private_dir(&files.run).and_then(|()| {
         let Goods { artefacts, image, .. } = goods;
         let read = worth_reading(&image);
-        let record = Record {
-            version: RECORD_VERSION,
-            id,
-            name: String::new(),
-            options: kind::options(wishes),
-            image: wishes.image.clone(),
-            image_id: image.id.to_string(),
-            command: Vec::new(),
-            stop_signal: 0,
-            status: Status::Created,
-            exit: None,
-            created_ns: now_ns(),
-            started_ns: 0,
-            finished_ns: 0,
-            supervisor_pid: 0,
-            monitor_pid: 0,
-            kernel: String::new(),
-            guest_id: String::new(),
-            given: Network::default(),
-        };
+        let record = Record::new(id, &wishes.image, &image, kind::options(wishes));
         let plan = Plan {
             layout: layout.clone(),
             files: files.clone(),

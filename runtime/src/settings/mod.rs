@@ -274,20 +274,7 @@ impl Settings {
 
     /// The error begins with the line's number.
     pub(crate) fn parse(text: &str) -> Result<Self, String> {
-        toml::from_str(text).map_err(|error| {
-            let at = error.span().map_or(0, |span| span.start);
-            let before = text.get(..at).unwrap_or_default();
-            let line =
-                text.lines().nth(before.lines().count().saturating_sub(usize::from(!before.ends_with('\n'))));
-            let number = before.matches('\n').count() + 1;
-            let line = line.unwrap_or_default().trim();
-            let message = error.message().trim().replace('\n', " ");
-            if line.is_empty() {
-                format!("{number}: {message}")
-            } else {
-                format!("{number}: `{line}`: {message}")
-            }
-        })
+        parse_toml(text)
     }
 }
 
@@ -310,8 +297,13 @@ pub(crate) fn parse_toml<T: serde::de::DeserializeOwned>(text: &str) -> Result<T
 }
 
 fn text_of(path: &Path) -> io::Result<String> {
+    text_in(File::open(path)?)
+}
+
+/// All that a file of settings or rules says, if that is not too long for one.
+pub(crate) fn text_in(file: File) -> io::Result<String> {
     let mut text = String::new();
-    File::open(path)?.take(MAX_BYTES + 1).read_to_string(&mut text)?;
+    file.take(MAX_BYTES + 1).read_to_string(&mut text)?;
     if text.len() as u64 > MAX_BYTES {
         return Err(io::Error::other(format!("it has more than {MAX_BYTES} bytes")));
     }

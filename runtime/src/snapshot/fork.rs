@@ -82,7 +82,7 @@ impl Place {
         sweep(&home);
         let mut name = [0; 8];
         names::random(&mut name)?;
-        let path = home.join(name.map(|byte| format!("{byte:02x}")).concat());
+        let path = home.join(names::hex(&name));
         let what = || format!("cannot make {}", path.display());
         private_dir(&path)?;
         let lock = File::create_new(path.join("lock")).context(what)?;

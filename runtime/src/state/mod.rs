@@ -12,6 +12,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use bulkhead_image::Image;
 use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
@@ -237,6 +238,30 @@ pub(crate) fn private_dir(path: &Path) -> Result<()> {
 }
 
 impl Record {
+    /// Of a container of `image`, which was called `image_name`, that has no name, no command and no machine yet.
+    pub(crate) fn new(id: String, image_name: &str, image: &Image, options: RunOptions) -> Self {
+        Self {
+            version: RECORD_VERSION,
+            id,
+            name: String::new(),
+            image: image_name.to_owned(),
+            image_id: image.id.to_string(),
+            command: Vec::new(),
+            stop_signal: 0,
+            status: Status::Created,
+            exit: None,
+            created_ns: now_ns(),
+            started_ns: 0,
+            finished_ns: 0,
+            supervisor_pid: 0,
+            monitor_pid: 0,
+            kernel: String::new(),
+            guest_id: String::new(),
+            given: Network::default(),
+            options,
+        }
+    }
+
     /// The container's id for the agent in its guest.
     #[must_use]
     pub fn in_guest(&self) -> &str {

@@ -153,7 +153,7 @@ impl Supervisor {
         let monitor = self.boot()?;
         trace::mark("agent up");
         let agent = self.guest.agent();
-        let exit = self.live_in(monitor, agent, |supervisor, agent, monitor| {
+        self.live_in(monitor, agent, |supervisor, agent, monitor| {
             let relay = match supervisor.plan.copy.take() {
                 Some(copy) => supervisor.go_on(agent, &copy)?,
                 None => {
@@ -164,8 +164,7 @@ impl Supervisor {
             trace::mark("container started");
             monitor.teach_template();
             Ok(relay)
-        })?;
-        Ok(exit)
+        })
     }
 
     /// From a guest that is up to the container's end; `start` makes it run.

@@ -7,17 +7,15 @@
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::Read;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use sha2::{Digest, Sha256};
 use xxhash_rust::xxh3::Xxh3Default;
 
 use super::{Wanted, make};
-use crate::{Artefacts, Context, Result};
+use crate::names::hex;
+use crate::{Artefacts, Context, Result, verify};
 
-/// Names a boot of the host.
-const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 /// Most stamps kept.
 const MOST_STAMPS: usize = 64;
 const HEX_DIGITS: usize = 64;
@@ -33,7 +31,7 @@ pub(super) fn of(home: &Path, artefacts: &Artefacts, wanted: &Wanted<'_>) -> Res
     for file in [&artefacts.monitor, &artefacts.kernel, &artefacts.initramfs] {
         add(&digest(home, file)?);
     }
-    add(&fs::read_to_string(BOOT_ID).context(|| format!("cannot read {BOOT_ID}"))?);
+    add(&verify::boot_id()?);
     add(&make::blueprint(&artefacts.settings, wanted)?);
     Ok(hex(&hasher.finalize()))
 }
@@ -49,16 +47,7 @@ fn digest(home: &Path, path: &Path) -> Result<String> {
     let what = || format!("cannot read {}", path.display());
     let file = File::open(path).context(what)?;
     let stat = file.metadata().context(what)?;
-    let stamp = format!(
-        "{} {} {} {}.{} {}.{}",
-        stat.dev(),
-        stat.ino(),
-        stat.len(),
-        stat.mtime(),
-        stat.mtime_nsec(),
-        stat.ctime(),
-        stat.ctime_nsec()
-    );
+    let stamp = verify::looks(&stat);
     let stamps = home.join("stamps");
     let remembered = stamps.join(hex(&Sha256::digest(&stamp)));
     if let Ok(digest) = fs::read_to_string(&remembered)
@@ -92,10 +81,6 @@ fn remember(stamps: &Path, path: &Path, digest: &str) {
     if fs::write(&temporary, digest).and_then(|()| fs::rename(&temporary, path)).is_err() {
         let _ = fs::remove_file(&temporary);
     }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]

@@ -67,7 +67,7 @@ pub(super) fn make(
     sweep(layout);
     let mut name = [0; 3];
     names::random(&mut name)?;
-    let run = layout.run.join(format!("{PREFIX}{}", name.map(|byte| format!("{byte:02x}")).concat()));
+    let run = layout.run.join(format!("{PREFIX}{}", names::hex(&name)));
     private_dir(&run)?;
     let files = Files { dir: run.clone(), run: run.clone() };
     let made =

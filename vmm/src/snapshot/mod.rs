@@ -230,12 +230,21 @@ impl Opened {
     /// # Errors
     /// When it cannot be one.
     pub fn difference(&self, directory: &Path) -> Result<Base> {
-        self.as_base(directory).ok_or_else(|| Error::Snapshot {
-            directory: directory.to_owned(),
-            why: format!(
-                "it would be a difference from {MAX_CHAIN} others, one of the next: take a whole one, or name one of those \
-                 as its base"
-            ),
+        let depth = std::iter::successors(Some(self), |opened| opened.below.as_deref()).count();
+        if depth >= MAX_CHAIN {
+            return Err(Error::Snapshot {
+                directory: directory.to_owned(),
+                why: format!(
+                    "it would be a difference from {MAX_CHAIN} others, one of the next: take a whole one, or name one of those \
+                     as its base"
+                ),
+            });
+        }
+        Ok(Base {
+            identity: self.snapshot.identity,
+            state: self.checksum,
+            relative: relative(directory, &self.directory),
+            absolute: self.directory.clone(),
         })
     }
 
@@ -276,17 +285,6 @@ impl Opened {
         let memory = crate::memory::create(self.snapshot.memory_bytes, Backing::Private)?;
         self.fill(&memory)?;
         Ok(memory::Base { memory, extents: self.extents() })
-    }
-
-    /// It as what a snapshot that will be in `directory` is a difference from. `None`: too many are below it.
-    fn as_base(&self, directory: &Path) -> Option<Base> {
-        let depth = std::iter::successors(Some(self), |opened| opened.below.as_deref()).count();
-        (depth < MAX_CHAIN).then(|| Base {
-            identity: self.snapshot.identity,
-            state: self.checksum,
-            relative: relative(directory, &self.directory),
-            absolute: self.directory.clone(),
-        })
     }
 }
 
