@@ -55,6 +55,8 @@ impl Prepared<'_> {
 
 impl Drop for Prepared<'_> {
     fn drop(&mut self) {
+        // At once: a namespace's own links go some time after it.
+        let _ = Program::new(["ip", "link", "delete", "v0"]).run();
         for name in &self.namespaces {
             let _ = Program::new(["ip", "netns", "delete", name]).run();
         }

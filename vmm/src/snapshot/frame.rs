@@ -33,10 +33,10 @@ pub fn decompress(source: &mut impl Read, into: &mut [u8]) -> io::Result<()> {
         return Err(damaged(&"a compressed piece is longer than it was"));
     }
     let decoder = reader.into_frame_decoder();
-    if decoder.get_checksum_from_data() == decoder.get_calculated_checksum() {
-        Ok(())
-    } else {
-        Err(damaged(&"a compressed piece is damaged (the checksum differs)"))
+    match (decoder.get_checksum_from_data(), decoder.get_calculated_checksum()) {
+        (Some(written), Some(calculated)) if written == calculated => Ok(()),
+        (None, _) => Err(damaged(&"a compressed piece is damaged (it has no checksum)")),
+        _ => Err(damaged(&"a compressed piece is damaged (the checksum differs)")),
     }
 }
 
