@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+use crate::leak::Snapshot;
 use crate::process::{Finished, Program};
 
 /// Where the artefacts lie in the host: `bin/`, `share/bulkhead/`, `share/bulkhead-tests/`.
@@ -119,6 +120,27 @@ impl Host {
             std::thread::sleep(Duration::from_millis(10));
         }
         Ok(())
+    }
+
+    /// All that could be left behind on this host, but not the test's own files. [`Host::is_as`] compares with it.
+    pub fn look(&self) -> Snapshot {
+        // The one who watches over the test collects all orphans.
+        Snapshot::of(std::os::unix::process::parent_id(), self.is_emulated()).without(self.work())
+    }
+
+    /// Fails unless all is again as it was before, within `patience`; `what` says after what.
+    pub fn is_as(&self, before: &Snapshot, what: &str, patience: Duration) -> Result<()> {
+        let end = Instant::now() + patience;
+        loop {
+            let left = self.look().difference(before);
+            if left.is_empty() {
+                return Ok(());
+            }
+            if Instant::now() > end {
+                bail!("after {what}, the host is not as it was:\n  {}", left.join("\n  "));
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 
     /// A small file system of its own (tmpfs of this many KiB), mounted until the answer is dropped.

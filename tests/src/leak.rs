@@ -35,8 +35,13 @@ impl Snapshot {
     /// Looks at this host. `whole`: at all of it, for a host of the test's own; otherwise only at what cannot be
     /// somebody else's.
     pub fn take(whole: bool) -> Self {
+        Self::of(std::process::id(), whole)
+    }
+
+    /// As [`Snapshot::take`], with the processes below `root` instead of those below this one.
+    pub fn of(root: u32, whole: bool) -> Self {
         let mut snapshot = Self::default();
-        for process in descendants() {
+        for process in descendants_of(root) {
             snapshot.add("process", &format!("{} {}", process.pid, process.command));
         }
         snapshot.mounts();
@@ -74,6 +79,13 @@ impl Snapshot {
             lines.push(format!("gone: {thing}"));
         }
         lines
+    }
+
+    /// Without the files below a directory.
+    pub fn without(mut self, dir: &Path) -> Self {
+        let prefix = format!("file {}", dir.display());
+        self.things.retain(|thing, _| !thing.starts_with(&prefix));
+        self
     }
 
     fn add(&mut self, kind: &str, name: &str) {
@@ -143,6 +155,11 @@ pub struct Descendant {
 
 /// All living descendants of this process.
 pub fn descendants() -> Vec<Descendant> {
+    descendants_of(std::process::id())
+}
+
+/// All living descendants of a process.
+pub fn descendants_of(root: u32) -> Vec<Descendant> {
     let mut parents = Vec::new();
     for pid in names("/proc").iter().filter_map(|name| name.parse::<i32>().ok()) {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
@@ -155,7 +172,7 @@ pub fn descendants() -> Vec<Descendant> {
             parents.push((pid, parent));
         }
     }
-    let mut family = vec![i32::try_from(std::process::id()).unwrap_or(0)];
+    let mut family = vec![i32::try_from(root).unwrap_or(0)];
     let mut next = 0;
     while let Some(&parent) = family.get(next) {
         family.extend(parents.iter().filter(|(_, of)| *of == parent).map(|(pid, _)| *pid));
