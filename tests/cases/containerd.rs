@@ -229,17 +229,37 @@ pub fn ended(daemon: Daemon) -> Result<()> {
     Ok(())
 }
 
-test!(the_same_as_with_runc, Needs::engines().deadline(200).shows_output());
-fn the_same_as_with_runc(host: &Host) -> Result<()> {
+test!(what_people_do, Needs::engines().deadline(200).shows_output());
+fn what_people_do(host: &Host) -> Result<()> {
+    let engine = |runtime| Ctr { host, runtime };
+    let by_name = engine(&["--runc-binary", "/usr/local/bin/bulkhead-oci"]);
+    // dockerd's test has the rest of it.
+    let few: Vec<_> = steps().into_iter().take(3).collect();
+    with_daemon(host, || {
+        let done = side_by_side(&[("the shim", engine(SHIM))], &steps());
+        done.and(side_by_side(&[("bulkhead-oci", by_name)], &few))
+    })
+}
+
+test!(
+    the_same_with_runc,
+    Needs::engines()
+        .deadline(200)
+        .shows_output()
+        .pending("shows that the script is right, and the figures side by side; two minutes")
+);
+fn the_same_with_runc(host: &Host) -> Result<()> {
+    let engine = |runtime| Ctr { host, runtime };
+    let engines = [("runc", engine(&["--runc-binary", "runc"])), ("the shim", engine(SHIM))];
+    with_daemon(host, || side_by_side(&engines, &steps()))
+}
+
+/// containerd with the image, for the time of `work`.
+fn with_daemon(host: &Host, work: impl FnOnce() -> Result<()>) -> Result<()> {
     let daemon = daemon(host)?;
     let image = host.image("busybox-docker").display().to_string();
     Ctr::program(host, &["images", "import", &image]).run()?.ok()?;
-    let engine = |runtime| Ctr { host, runtime };
-    let by_name = engine(&["--runc-binary", "/usr/local/bin/bulkhead-oci"]);
-    let engines = [("runc", engine(&["--runc-binary", "runc"])), ("the shim", engine(SHIM))];
-    // dockerd's test has the rest of it.
-    let few: Vec<_> = steps().into_iter().take(3).collect();
-    let done = side_by_side(&engines, &steps()).and(side_by_side(&[("bulkhead-oci", by_name)], &few));
+    let done = work();
     ended(daemon)?;
     done
 }
