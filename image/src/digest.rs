@@ -43,6 +43,11 @@ impl Digest {
         }
     }
 
+    /// A digest that somebody else computed.
+    pub(crate) fn from_bytes(bytes: [u8; 32]) -> Self {
+        Self(bytes)
+    }
+
     /// The 32 raw bytes.
     #[must_use]
     pub fn as_bytes(&self) -> &[u8; 32] {

@@ -2,11 +2,24 @@
 
 use std::path::PathBuf;
 
+use serde::{Deserialize, Serialize};
+
 use crate::erofs::Stack;
 use crate::{Digest, ImageConfig, Result, User, user};
 
 /// No `/etc/passwd` or `/etc/group` larger than this is looked at, in bytes.
 const MAX_USER_FILE: u64 = 4 << 20;
+
+/// By what a layer's EROFS file is known again.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayerProof {
+    /// SHA-256 of its content as it was written; none for a layer from before it was kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub content: Option<Digest>,
+    /// Its fs-verity digest, if it is sealed: see [`verity`](crate::verity).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verity: Option<Digest>,
+}
 
 /// An image of the store, ready to run.
 #[derive(Debug, Clone)]
@@ -15,12 +28,14 @@ pub struct Image {
     pub id: Digest,
     /// The full name that it was found by; none if it was found by id.
     pub name: Option<String>,
+    /// That name; all of its names in full if it was found by id.
+    pub names: Vec<String>,
     /// The defaults for a container.
     pub config: ImageConfig,
     /// Its EROFS files, lowest first.
     pub layers: Vec<PathBuf>,
-    /// Of those files, in the same order; none for a layer from before they were kept.
-    pub layer_digests: Vec<Option<Digest>>,
+    /// Of those files, in the same order.
+    pub proofs: Vec<LayerProof>,
     /// The digest of the manifest that brought it; none for docker archives.
     pub manifest: Option<Digest>,
     default_user: Option<User>,
@@ -29,13 +44,13 @@ pub struct Image {
 impl Image {
     pub(crate) fn new(
         id: Digest,
-        name: Option<String>,
+        (name, names): (Option<String>, Vec<String>),
         config: ImageConfig,
-        (layers, layer_digests): (Vec<PathBuf>, Vec<Option<Digest>>),
+        (layers, proofs): (Vec<PathBuf>, Vec<LayerProof>),
         default_user: Option<User>,
         manifest: Option<Digest>,
     ) -> Self {
-        Self { id, name, config, layers, layer_digests, manifest, default_user }
+        Self { id, name, names, config, layers, proofs, manifest, default_user }
     }
 
     /// The content of a regular file as a container will see it at first, symbolic links followed within the image;

@@ -23,11 +23,12 @@ mod pull;
 mod reference;
 mod store;
 mod user;
+pub mod verity;
 
 pub use config::ImageConfig;
 pub use digest::Digest;
 pub use error::{Error, Result};
-pub use image::Image;
+pub use image::{Image, LayerProof};
 pub use layer::Limits;
 pub use load::{LoadOptions, Source};
 pub use progress::Progress;

@@ -13,6 +13,9 @@ use crate::config::Bundle;
 /// The rule that forbids it.
 pub fn check(bundle: &Bundle, artefacts: &Artefacts, joins: bool) -> Result<()> {
     let policy = policy::in_force()?;
+    if !bundle.holds_pod() {
+        policy.engines_image(bundle.image_name())?;
+    }
     if policy.lists_kernels() && bundle.vm.kernel.is_some() {
         policy.kernel(&artefacts.kernel, &verify::digest(&artefacts.kernel)?.to_string())?;
     }

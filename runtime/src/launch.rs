@@ -83,6 +83,20 @@ pub fn run(
     }
 }
 
+/// Whether the host's policy lets an image run with these wishes, and whether its layers are what they were.
+pub(crate) fn admit(layout: &Layout, image: &Image, options: &RunOptions, settings: &Settings) -> Result<()> {
+    let policy = policy::in_force()?;
+    let mut known_as = image.names.clone();
+    known_as.extend(std::iter::once(image.id).chain(image.manifest).map(|digest| digest.to_string()));
+    policy.image(&known_as)?;
+    policy.wishes(options, options.storage.unwrap_or(settings.run.storage.0))?;
+    let shape = Shape::new(options.memory, options.milli_cpus, &settings.machine);
+    policy.machine(shape.memory_mib, shape.vcpus)?;
+    Stamps::of(layout).check(&verify::layers(image))?;
+    trace::mark("image verified");
+    Ok(())
+}
+
 impl<'a> Order<'a> {
     fn check(
         layout: &'a Layout,
@@ -106,15 +120,7 @@ impl<'a> Order<'a> {
             ));
         }
         crate::binds::check(&options)?;
-        let policy = policy::in_force()?;
-        let mut known_as: Vec<_> = image.name.iter().cloned().collect();
-        known_as.extend(std::iter::once(image.id).chain(image.manifest).map(|digest| digest.to_string()));
-        policy.image(&known_as)?;
-        policy.wishes(&options, options.storage.unwrap_or(settings.run.storage.0))?;
-        let shape = Shape::new(options.memory, options.milli_cpus, &settings.machine);
-        policy.machine(shape.memory_mib, shape.vcpus)?;
-        Stamps::of(layout).check(&verify::layers(image))?;
-        trace::mark("image verified");
+        admit(layout, image, &options, settings)?;
         let user = resolve_user(image, options.user.as_deref().unwrap_or(&image.config.user))?;
         if let Some(hostname) = &options.hostname {
             check_hostname(hostname)?;

@@ -144,7 +144,7 @@ impl Artefacts {
             let is_it = what == "monitor" || path.file_name().is_some_and(|file| file == name);
             let Some(place) = place.filter(|_| is_it) else { continue };
             if let Some(digest) = verify::in_manifest(place, name)? {
-                parts.push(Part { what, path: path.clone(), digest, remedy: remedy() });
+                parts.push(Part { what, path: path.clone(), digest, verity: None, remedy: remedy() });
             }
         }
         stamps.check(&parts)?;

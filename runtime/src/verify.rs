@@ -4,6 +4,9 @@
 //! question, so a stamp remembers what was read and found good: device, inode, size and times of all files of a set, and the
 //! host's boot. One that is replaced, written to, or not yet read since the host booted is read again.
 //!
+//! A layer on a file system with fs-verity is sealed when it is converted: a start asks the kernel for its digest, nothing is read,
+//! and what the disk gives back later is checked as it is read.
+//!
 //! This finds damage, halves of an upgrade and files that somebody has replaced. Who may write to them as root may write to the
 //! digests, too.
 
@@ -12,7 +15,7 @@ use std::fs::{self, File};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use bulkhead_image::{Digest, Image};
+use bulkhead_image::{Digest, Image, LayerProof, verity};
 
 use crate::{Context, Error, Layout, Result, Settings};
 
@@ -33,6 +36,8 @@ pub struct Part {
     pub path: PathBuf,
     /// Of its content.
     pub digest: Digest,
+    /// Of a file that is sealed by fs-verity: the kernel checks what it reads of it, so that we need not.
+    pub verity: Option<Digest>,
     /// What to do when it is another.
     pub remedy: String,
 }
@@ -61,14 +66,12 @@ impl Stamps {
     /// # Errors
     /// A part that is damaged, missing or cannot be read.
     pub fn check(&self, parts: &[Part]) -> Result<()> {
-        if parts.is_empty() {
-            return Ok(());
-        }
-        let stamp = self.0.join(stamp(parts)?);
+        parts.iter().try_for_each(measure)?;
+        let Some(stamp) = self.stamp(parts)? else { return Ok(()) };
         if stamp.exists() {
             return Ok(());
         }
-        parts.iter().try_for_each(read)?;
+        parts.iter().filter(|part| part.verity.is_none()).try_for_each(read)?;
         self.remember(&stamp);
         Ok(())
     }
@@ -78,11 +81,27 @@ impl Stamps {
     /// # Errors
     /// As [`Stamps::check`].
     pub fn check_again(&self, parts: &[Part]) -> Result<()> {
+        parts.iter().try_for_each(measure)?;
         parts.iter().try_for_each(read)?;
-        if !parts.is_empty() {
-            self.remember(&self.0.join(stamp(parts)?));
+        if let Some(stamp) = self.stamp(parts)? {
+            self.remember(&stamp);
         }
         Ok(())
+    }
+
+    /// Of the parts that have to be read, as they are now and what they are to be. None: there are no such parts.
+    fn stamp(&self, parts: &[Part]) -> Result<Option<PathBuf>> {
+        let mut text = boot_id()?;
+        let mut unsealed = parts.iter().filter(|part| part.verity.is_none()).peekable();
+        if unsealed.peek().is_none() {
+            return Ok(None);
+        }
+        for Part { what, path, digest, .. } in unsealed {
+            let about =
+                fs::metadata(path).context(|| format!("cannot look at the {what} {}", path.display()))?;
+            let _ = writeln!(text, "{} {digest}", looks(&about));
+        }
+        Ok(Some(self.0.join(Digest::of(text.as_bytes()).hex())))
     }
 
     /// Best effort: what is not remembered is read again.
@@ -120,16 +139,6 @@ pub(crate) fn looks(about: &fs::Metadata) -> String {
     )
 }
 
-/// A name for the files as they are now, and what they are to be.
-fn stamp(parts: &[Part]) -> Result<String> {
-    let mut text = boot_id()?;
-    for Part { what, path, digest, .. } in parts {
-        let about = fs::metadata(path).context(|| format!("cannot look at the {what} {}", path.display()))?;
-        let _ = writeln!(text, "{} {digest}", looks(&about));
-    }
-    Ok(Digest::of(text.as_bytes()).hex())
-}
-
 /// The digest of a file.
 ///
 /// # Errors
@@ -143,18 +152,41 @@ pub fn digest(path: &Path) -> Result<Digest> {
 #[must_use]
 pub fn layers(image: &Image) -> Vec<Part> {
     let name = image.name.clone().unwrap_or_else(|| image.id.to_string());
-    let known = image.layers.iter().zip(&image.layer_digests);
-    let part = |(path, digest): (&PathBuf, &Option<Digest>)| {
+    let known = image.layers.iter().zip(&image.proofs);
+    let part = |(path, proof): (&PathBuf, &LayerProof)| {
         let remedy = format!(
             "remove the images that have this layer (`bulkhead image rm {name}`) and load or pull them again"
         );
-        Some(Part { what: "image layer", path: path.clone(), digest: (*digest)?, remedy })
+        Some(Part {
+            what: "image layer",
+            path: path.clone(),
+            digest: proof.content?,
+            verity: proof.verity,
+            remedy,
+        })
     };
     known.filter_map(part).collect()
 }
 
+/// Whether a part that was sealed is so still, with the same content. Nothing is read.
+fn measure(part: &Part) -> Result<()> {
+    let Part { what, path, verity: Some(expected), remedy, .. } = part else { return Ok(()) };
+    let found = File::open(path).and_then(|file| verity::measure(&file));
+    match found.context(|| format!("cannot measure the {what} {}", path.display()))? {
+        Some(found) if found == *expected => Ok(()),
+        Some(found) => Err(Error::Usage(format!(
+            "the {what} {} was replaced: its fs-verity digest is {found}, expected is {expected}; {remedy}",
+            path.display()
+        ))),
+        None => Err(Error::Usage(format!(
+            "the {what} {} was replaced: it was sealed with fs-verity and is so no longer; {remedy}",
+            path.display()
+        ))),
+    }
+}
+
 fn read(part: &Part) -> Result<()> {
-    let Part { what, path, digest, remedy } = part;
+    let Part { what, path, digest, remedy, .. } = part;
     let found = File::open(path).and_then(|file| Digest::of_file(&file));
     let found = found.context(|| format!("cannot read the {what} {}", path.display()))?;
     if found == *digest {
@@ -200,7 +232,7 @@ mod tests {
 
     fn part(path: &Path, content: &str) -> Part {
         let digest = Digest::of(content.as_bytes());
-        Part { what: "guest kernel", path: path.into(), digest, remedy: "install again".into() }
+        Part { what: "guest kernel", path: path.into(), digest, verity: None, remedy: "install again".into() }
     }
 
     #[test]

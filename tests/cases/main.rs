@@ -47,6 +47,7 @@ mod snapshot_forms;
 mod snapshots;
 mod templates;
 mod terminal;
+mod verity;
 mod virtio_fs;
 mod virtio_fs_hostile;
 

@@ -5,7 +5,7 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 use std::process::Command;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use bulkhead_tests::host::Host;
 use bulkhead_tests::process::Program;
 use bulkhead_tests::test;
@@ -134,6 +134,67 @@ fn the_policy_binds_every_start(host: &Host) -> Result<()> {
     Ok(())
 }
 
+test!(copies_ids_and_engines_are_bound_too, BUSYBOX.deadline(120));
+fn copies_ids_and_engines_are_bound_too(host: &Host) -> Result<()> {
+    if !host.is_emulated() {
+        return Ok(());
+    }
+    let saved = host.work().join("saved").display().to_string();
+    host.bulkhead(["run", "-d", "--name", "origin", "busybox", "sleep", "1000"])?.ok()?;
+    host.bulkhead(["snapshot", "origin", &saved])?.ok()?;
+    let id = host.bulkhead(["image", "ls", "-q"])?.ok()?.stdout();
+    let ids: Vec<_> = id.lines().collect();
+    let mut busybox = None;
+    for id in ids {
+        let shown = host.bulkhead(["image", "inspect", id])?.ok()?.stdout();
+        busybox = busybox.or_else(|| shown.contains("library/busybox:latest").then_some(id));
+    }
+    let id = busybox.context("busybox has no id")?;
+    let restore = ["restore", "-d", "--name", "copy", &saved];
+    let fork = ["fork", "--name", "copy", "origin"];
+    let by_id = ["run", "--rm", id, "true"];
+    {
+        let _written = write("[images]\ndeny = ['*/busybox:latest']\n")?;
+        for words in [&restore[..], &fork, &by_id] {
+            host.bulkhead(words.iter().copied())?.failed()?.stderr_has("images.deny")?.stderr_has(FILE)?;
+        }
+    }
+    for limit in
+        ["[limits]\nmemory = '32m'\n", "[containers]\nseccomp_unconfined = false\n[limits]\nvcpus = 0\n"]
+    {
+        let _written = write(limit)?;
+        host.bulkhead(restore)?.status_is(125)?.stderr_has("limits.")?;
+    }
+    ensure!(host.bulkhead(["ps", "-aq"])?.ok()?.stdout().lines().count() == 1, "a refused copy is there");
+    let _written = write("[images]\nallow = ['*/busybox:latest']\nengines = 'named'\n")?;
+    for words in [&restore[..], &["rm", "-f", "copy"], &fork, &["rm", "-f", "copy"], &by_id] {
+        host.bulkhead(words.iter().copied())?.ok()?;
+    }
+    host.bulkhead(["rm", "-f", "origin"])?.ok()?;
+
+    let bundle = host.work().join("bundle");
+    fs::create_dir_all(bundle.join("rootfs/bin"))?;
+    fs::copy("/usr/bin/busybox", bundle.join("rootfs/bin/true"))?;
+    Program::new(["bulkhead-oci", "spec"]).dir(&bundle).run()?.ok()?;
+    let file = bundle.join("config.json");
+    let plain: serde_json::Value = serde_json::from_slice(&fs::read(&file)?)?;
+    let run = |image: Option<&str>| {
+        let mut config = plain.clone();
+        config["process"]["args"] = serde_json::json!(["true"]);
+        config["process"]["terminal"] = serde_json::json!(false);
+        if let Some(image) = image {
+            config["annotations"] = serde_json::json!({ "io.kubernetes.cri.image-name": image });
+        }
+        fs::write(&file, config.to_string())?;
+        let root = host.work().join("state").display().to_string();
+        Program::new(["bulkhead-oci", "--root", &root, "run", "c1"]).dir(&bundle).run()
+    };
+    run(None)?.failed()?.stderr_has("images.engines = \"named\"")?;
+    run(Some("docker.io/library/other:1"))?.failed()?.stderr_has("images.allow")?;
+    run(Some("docker.io/library/busybox:latest"))?.ok()?;
+    Ok(fs::remove_dir_all(saved)?)
+}
+
 test!(a_part_that_was_changed_does_not_start, BUSYBOX.deadline(120));
 fn a_part_that_was_changed_does_not_start(host: &Host) -> Result<()> {
     if !host.is_emulated() {
@@ -179,7 +240,15 @@ fn a_part_that_was_changed_does_not_start(host: &Host) -> Result<()> {
     let layer = json[0]["layers"][0].clone();
     ensure!(layer["digest"].as_str().is_some_and(|digest| digest.starts_with("sha256:")), "{layer}");
     let path = Path::new(layer["path"].as_str().unwrap_or_default());
+    let saved = host.work().join("saved").display().to_string();
+    host.bulkhead(["run", "-d", "--name", "origin", "busybox", "sleep", "1000"])?.ok()?;
+    host.bulkhead(["snapshot", "origin", &saved])?.ok()?;
+    host.bulkhead(["rm", "-f", "origin"])?.ok()?;
     let good = flip(path)?;
+    host.bulkhead(["restore", "-d", &saved])?
+        .status_is(125)?
+        .stderr_has("image layer")?
+        .stderr_has("damaged")?;
     shell(host, &[], "true")?
         .status_is(125)?
         .stderr_has("image layer")?

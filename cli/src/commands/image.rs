@@ -102,7 +102,9 @@ pub fn verify(layout: &Layout, args: &VerifyArgs) -> Outcome {
         let unknown = image.layers.len() - parts.len();
         let names = store.inspect(name)?.summary.names;
         let shown = names.first().cloned().unwrap_or_else(|| image.id.to_string());
-        let known = format!("{shown}: {} layers are good", parts.len());
+        let sealed = parts.iter().filter(|part| part.verity.is_some()).count();
+        let seals = if sealed == 0 { String::new() } else { format!(", {sealed} sealed with fs-verity") };
+        let known = format!("{shown}: {} layers are good{seals}", parts.len());
         if unknown == 0 {
             return table::print(&format!("{known}\n"));
         }

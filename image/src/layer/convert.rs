@@ -1,5 +1,6 @@
 //! A blob becomes a layer of the store, verified on the way.
 
+use std::fs::File;
 use std::io::{self, BufReader, Read};
 
 use super::decode::{Capped, decode};
@@ -8,7 +9,7 @@ use super::{Fault, Limits};
 use crate::digest::HashingReader;
 use crate::progress::Task;
 use crate::store::{LayerRecord, TempFile};
-use crate::{Digest, Error, Progress, Result, Store};
+use crate::{Digest, Error, LayerProof, Progress, Result, Store, verity};
 
 const BUFFER: usize = 256 * 1024;
 
@@ -48,16 +49,23 @@ pub(crate) fn add_layer(
     let path = store.layer_path(&diff_id);
     // What was written a moment ago is still in memory.
     let content = Digest::of_file(temp.file()).map_err(|error| Error::io("read", &path)(error))?;
-    store.write_content(&diff_id, &content)?;
+    let mut proof = LayerProof { content: Some(content), verity: None };
+    store.write_proof(&diff_id, &proof)?;
     let published = temp.publish(&path);
     published.map_err(|error| store.write_error(&format!("layer {diff_id}"), size, error))?;
-    Ok(LayerRecord { diff_id, size, content: Some(content) })
+    // It is complete, and nobody has it open to write to it: `publish` has taken the only such descriptor.
+    let sealed = File::open(&path).and_then(|file| verity::seal(&file));
+    proof.verity = sealed.map_err(|error| Error::io("seal", &path)(error))?;
+    if proof.verity.is_some() {
+        store.write_proof(&diff_id, &proof)?;
+    }
+    Ok(LayerRecord { diff_id, size, proof })
 }
 
 fn convert(
     input: impl Read,
     temp: &TempFile,
-    tails: std::fs::File,
+    tails: File,
     expected: &Expected,
     limits: &Limits,
     output_error: &dyn Fn(u64, io::Error) -> Error,
@@ -93,7 +101,7 @@ type Converted = (u64, Vec<String>);
 fn convert_blob(
     blob: &mut impl Read,
     temp: &TempFile,
-    tails: std::fs::File,
+    tails: File,
     expected: &Expected,
     limits: &Limits,
 ) -> Result<(Converted, Digest), Fault> {

@@ -14,7 +14,13 @@ impl Store {
     /// [`Error::NotFound`], [`Error::Ambiguous`], a damaged store.
     pub fn resolve(&self, name: &str) -> Result<Image> {
         let (record, full_name) = self.find(name)?;
-        Ok(record.into_image(self, full_name))
+        let names = match &full_name {
+            Some(name) => vec![name.clone()],
+            None => {
+                self.names()?.into_iter().filter(|(_, id)| *id == record.id).map(|(name, _)| name).collect()
+            }
+        };
+        Ok(record.into_image(self, full_name, names))
     }
 
     /// All images, by name, those without a name last.
@@ -40,7 +46,8 @@ impl Store {
             diff_id: layer.diff_id,
             size: layer.size,
             path: self.layer_path(&layer.diff_id),
-            digest: layer.content,
+            digest: layer.proof.content,
+            verity: layer.proof.verity,
         });
         Ok(ImageDetail {
             summary,

@@ -7,7 +7,8 @@
 //! ROOT/images/<id>.json              everything `run` needs to know: defaults and layers
 //! ROOT/blobs/sha256/<digest>         configuration and manifest, byte for byte as they came
 //! ROOT/layers/sha256/<diff id>.erofs
-//! ROOT/layers/sha256/<diff id>.digest the digest of that file, written down before it had its name
+//! ROOT/layers/sha256/<diff id>.digest the digest of that file, written down before it had its name; on a second line
+//!                                    its fs-verity digest, if its file system has that
 //! ROOT/tmp/                          files being written, where they cannot be without a name
 //! ```
 //!
@@ -88,6 +89,8 @@ pub struct LayerDetail {
     pub path: PathBuf,
     /// Of the EROFS file; absent for layers from before it was kept.
     pub digest: Option<Digest>,
+    /// Its fs-verity digest, if it is sealed.
+    pub verity: Option<Digest>,
 }
 
 /// What a removal did.

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::{ConfigFile, Store, TempFile, lock};
-use crate::{Digest, Error, Image, ImageConfig, Reference, Result, User};
+use crate::{Digest, Error, Image, ImageConfig, LayerProof, Reference, Result, User};
 
 /// No configuration, manifest or record is larger, in bytes.
 pub(crate) const MAX_DOCUMENT: u64 = 8 << 20;
@@ -36,9 +36,8 @@ pub(crate) struct Record {
 pub(crate) struct LayerRecord {
     pub(crate) diff_id: Digest,
     pub(crate) size: u64,
-    /// Of the EROFS file, as it was when it was written. Absent in stores from before it was kept.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) content: Option<Digest>,
+    #[serde(flatten)]
+    pub(crate) proof: LayerProof,
 }
 
 impl Record {
@@ -54,14 +53,15 @@ impl Record {
         let mut record =
             Self { version: VERSION, id, manifest, created, os, architecture, config, user: None, layers };
         // A user that the image does not have is an error of `run`, which may name another one.
-        record.user = record.clone().into_image(store, None).resolve_user(&record.config.user).ok();
+        record.user =
+            record.clone().into_image(store, None, Vec::new()).resolve_user(&record.config.user).ok();
         record
     }
 
-    pub(crate) fn into_image(self, store: &Store, name: Option<String>) -> Image {
+    pub(crate) fn into_image(self, store: &Store, name: Option<String>, names: Vec<String>) -> Image {
         let layers = self.layers.iter().map(|layer| store.layer_path(&layer.diff_id)).collect();
-        let digests = self.layers.iter().map(|layer| layer.content).collect();
-        Image::new(self.id, name, self.config, (layers, digests), self.user, self.manifest)
+        let proofs = self.layers.iter().map(|layer| layer.proof).collect();
+        Image::new(self.id, (name, names), self.config, (layers, proofs), self.user, self.manifest)
     }
 
     pub(crate) fn size(&self) -> u64 {
@@ -79,30 +79,37 @@ impl Store {
         let path = self.layer_path(diff_id);
         match fs::metadata(&path) {
             Ok(metadata) => {
-                let content = self.content_of(diff_id)?;
-                Ok(Some(LayerRecord { diff_id: *diff_id, size: metadata.len(), content }))
+                let proof = self.proof_of(diff_id)?;
+                Ok(Some(LayerRecord { diff_id: *diff_id, size: metadata.len(), proof }))
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(Error::io("look at", &path)(error)),
         }
     }
 
-    /// Where the digest of a layer's file is: it was written before the file had its name.
-    pub(crate) fn content_path(&self, diff_id: &Digest) -> PathBuf {
+    /// Where the digests of a layer's file are: the first was written before the file had its name.
+    pub(crate) fn proof_path(&self, diff_id: &Digest) -> PathBuf {
         self.root.join(format!("layers/sha256/{}.digest", diff_id.hex()))
     }
 
-    fn content_of(&self, diff_id: &Digest) -> Result<Option<Digest>> {
-        let path = self.content_path(diff_id);
-        let Some(bytes) = read_small(&path)? else { return Ok(None) };
-        let why = || "not a digest".to_owned();
-        let digest = String::from_utf8_lossy(&bytes).trim_end().parse();
-        digest.map(Some).map_err(|_| Error::DamagedStore { path: path.clone(), why: why() })
+    fn proof_of(&self, diff_id: &Digest) -> Result<LayerProof> {
+        let path = self.proof_path(diff_id);
+        let Some(bytes) = read_small(&path)? else { return Ok(LayerProof::default()) };
+        let digest = |line: &str| {
+            line.parse()
+                .map_err(|_| Error::DamagedStore { path: path.clone(), why: "not a digest".to_owned() })
+        };
+        let text = String::from_utf8_lossy(&bytes);
+        let mut lines = text.lines();
+        let content = Some(digest(lines.next().unwrap_or_default())?);
+        Ok(LayerProof { content, verity: lines.next().map(digest).transpose()? })
     }
 
-    /// Writes down the digest of a layer's file.
-    pub(crate) fn write_content(&self, diff_id: &Digest, content: &Digest) -> Result<()> {
-        self.write_small(&self.content_path(diff_id), format!("{content}\n").as_bytes())
+    /// Writes down the digests of a layer's file, a line each.
+    pub(crate) fn write_proof(&self, diff_id: &Digest, proof: &LayerProof) -> Result<()> {
+        let lines: String =
+            [proof.content, proof.verity].iter().flatten().map(|digest| format!("{digest}\n")).collect();
+        self.write_small(&self.proof_path(diff_id), lines.as_bytes())
     }
 
     pub(super) fn record_path(&self, id: &Digest) -> PathBuf {

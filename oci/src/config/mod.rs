@@ -35,6 +35,8 @@ use crate::store::Hooks;
 const MAX_BYTES: u64 = 8 << 20;
 /// Annotations by which containerd's CRI and CRI-O say what a container is: `sandbox` holds a pod together.
 const POD_HOLDERS: [&str; 2] = ["io.kubernetes.cri.container-type", "io.kubernetes.cri-o.ContainerType"];
+/// Annotations by which they say what its image is called.
+const IMAGE_NAMES: [&str; 2] = ["io.kubernetes.cri.image-name", "io.kubernetes.cri-o.ImageName"];
 /// Of this much the servers are read.
 const MAX_RESOLV_CONF: u64 = 64 << 10;
 /// A bundle, read and understood.
@@ -182,8 +184,17 @@ impl Bundle {
 
     /// Whether others are likely to join its machine and bring disks: those of a pod, and those whose images are on disks, too.
     pub fn may_be_joined(&self) -> bool {
-        let holds_pod = |key: &str| self.annotations.get(key).is_some_and(|kind| kind == "sandbox");
-        self.vm.pause || self.root_disk.is_some() || POD_HOLDERS.iter().any(|key| holds_pod(key))
+        self.vm.pause || self.root_disk.is_some() || self.holds_pod()
+    }
+
+    /// Whether it is there for other containers' sake; its image's program is not run.
+    pub fn holds_pod(&self) -> bool {
+        POD_HOLDERS.iter().any(|key| self.annotations.get(*key).is_some_and(|kind| kind == "sandbox"))
+    }
+
+    /// What its engine calls the image it is of, as far as it says that.
+    pub fn image_name(&self) -> Option<&str> {
+        IMAGE_NAMES.iter().find_map(|key| self.annotations.get(*key)).map(String::as_str)
     }
 
     /// What a disk of [`Self::disks`] is, for people.

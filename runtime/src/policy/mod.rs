@@ -12,6 +12,7 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use self::rules::EngineImages;
 pub use self::rules::Rules;
 use crate::options::{RunOptions, Seccomp};
 use crate::shares::Access;
@@ -72,6 +73,21 @@ impl Policy {
         match &images.allow {
             Some(allowed) if listed(allowed).is_none() => self.refuse("images.allow", &what),
             _ => Ok(()),
+        }
+    }
+
+    /// Whether a container of an engine's may run, which says the image's name or does not.
+    ///
+    /// # Errors
+    /// The rule that forbids it.
+    pub fn engines_image(&self, name: Option<&str>) -> Result<()> {
+        match (self.rules.images.engines, name) {
+            (EngineImages::None, _) => self.refuse("images.engines = \"none\"", "a container of an engine's"),
+            (EngineImages::Named, None) => {
+                self.refuse("images.engines = \"named\"", "a container whose engine does not say its image")
+            }
+            (EngineImages::Any, None) => Ok(()),
+            (_, Some(name)) => self.image(&[name.to_owned()]),
         }
     }
 

@@ -12,7 +12,7 @@ use crate::settings::Size;
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Rules {
-    /// Images of `bulkhead run`.
+    /// Images of containers.
     pub images: Images,
     /// Kernels and initramfs.
     pub kernels: Kernels,
@@ -32,6 +32,21 @@ pub struct Images {
     pub allow: Option<Vec<String>>,
     /// Not these.
     pub deny: Vec<String>,
+    /// Of containers that an engine unpacks.
+    pub engines: EngineImages,
+}
+
+/// `images.engines`: an engine hands over a directory or disks; some say which image they are of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EngineImages {
+    /// The engine's affair. Names are looked at where there are any.
+    #[default]
+    Any,
+    /// Only of those that the engine names.
+    Named,
+    /// None at all.
+    None,
 }
 
 /// `[kernels]`

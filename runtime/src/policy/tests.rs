@@ -32,6 +32,19 @@ fn images_are_known_by_name_and_digest() {
 }
 
 #[test]
+fn engines_may_have_to_say_what_they_run() {
+    let rules = |engines: &str| policy(&format!("[images]\nallow = ['good:*']\nengines = '{engines}'"));
+    policy("").engines_image(None).unwrap();
+    rules("any").engines_image(None).unwrap();
+    refused(rules("any").engines_image(Some("bad:1")), "images.allow");
+    rules("named").engines_image(Some("good:1")).unwrap();
+    refused(rules("named").engines_image(None), "images.engines = \"named\"");
+    refused(rules("named").engines_image(Some("bad:1")), "images.allow");
+    refused(rules("none").engines_image(Some("good:1")), "images.engines = \"none\"");
+    settings::parse_toml::<Rules>("[images]\nengines = 'some'").unwrap_err();
+}
+
+#[test]
 fn paths_count_with_what_lies_below_and_above() {
     let rules =
         policy("[mounts]\nallow = ['/srv', '/home']\ndeny = ['/srv/secret']\nread_only = ['/home/data']");

@@ -5,7 +5,7 @@ use std::path::Path;
 use bulkhead_image::Store;
 
 use super::Saved;
-use crate::launch::{Launched, launch, share};
+use crate::launch::{Launched, admit, launch, share};
 use crate::network::{NetworkWish, Port};
 use crate::relay::Ends;
 use crate::state::{Record, Reservation, Status, now_ns, private_dir, remove_files};
@@ -35,7 +35,8 @@ pub struct Wishes {
 /// Must be called before the process has made a thread: the supervisor is a fork of it.
 ///
 /// # Errors
-/// The snapshot is damaged, of another version or processor, its image is not here, or what [`crate::launch::run`] can say. Nothing is
+/// The snapshot is damaged, of another version or processor, its image is not here or is damaged, the host's policy forbids
+/// it, or what [`crate::launch::run`] can say. Nothing is
 /// left.
 pub fn restore(
     layout: &Layout,
@@ -55,6 +56,7 @@ pub fn restore(
         )),
         error => error.into(),
     })?;
+    admit(layout, &image, &saved.record.options, settings)?;
     let mut options = saved.record.options.clone();
     (options.detach, options.auto_remove) = (wishes.detach, wishes.auto_remove);
     options.hostname = Some(saved.hostname.clone());
