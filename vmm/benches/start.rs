@@ -7,9 +7,10 @@
 #[path = "../tests/common/mod.rs"]
 mod common;
 
-use std::fs;
-use std::thread;
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
+use std::{env, fs, thread};
 
 use common::{Guest, Place, kvm};
 use vmm::control::{Client, Method, SnapshotRequest};
@@ -17,6 +18,8 @@ use vmm::timeline::{START_ENV, now_ns};
 
 const RUNS: usize = 50;
 const MEMORY_MIB: u32 = 128;
+/// How the monitor ends of flags that it does not know, as those are that the jailer adds.
+const REFUSED: i32 = 64;
 
 fn main() {
     if !kvm() {
@@ -31,7 +34,8 @@ fn main() {
         place.path("vsock")
     );
     let config = place.write("config", config);
-    let mut samples: Vec<(u64, Vec<(String, u64)>)> = (0..RUNS).map(|_| one_start(&place, &config)).collect();
+    let mut samples: Vec<(u64, Vec<(String, u64)>)> =
+        (0..RUNS).map(|_| one_start(&place, &config, &[])).collect();
     samples.sort_by_key(|(total, _)| *total);
     let (best, median, worst) = (&samples[0], &samples[RUNS / 2], &samples[RUNS - 1]);
     println!("exec to first KVM_RUN, {MEMORY_MIB} MiB, vsock, rng, console; {RUNS} runs");
@@ -40,8 +44,63 @@ fn main() {
     for (event, ns) in &best.1 {
         println!("    {event:<14} {:>6} µs", ns / 1000);
     }
+    jail(&place, &config);
     restores(&place);
     println!("private dirty memory of the monitor, guest excluded: {} KiB", dirty_memory(&place));
+}
+
+/// What the filters of system calls and the rest of the jail add, start by start in turn; and Firecracker's jailer, whose program
+/// FIRECRACKER_JAILER names, around a program that ends at once.
+fn jail(place: &Place, config: &Path) {
+    // SAFETY: takes no pointers and cannot fail.
+    if unsafe { libc::geteuid() } != 0 {
+        println!("the jail: left out, the monitor makes all of it for root only");
+        return;
+    }
+    let ways = [&["--no-seccomp"][..], &[], &["--jail"]];
+    let mut times: [Vec<u64>; 3] = Default::default();
+    for _ in 0..RUNS {
+        for (way, times) in ways.iter().zip(&mut times) {
+            times.push(one_start(place, config, way).0);
+        }
+    }
+    println!("what isolation adds to it, {RUNS} runs of each in turn");
+    difference("filters of system calls", &times[1], &times[0]);
+    difference("filters and jail", &times[2], &times[0]);
+    let Some(jailer) = env::var_os("FIRECRACKER_JAILER") else { return };
+    // It takes a program of such a name only, and copies it.
+    let program = place.path("firecracker");
+    fs::copy(env!("CARGO_BIN_EXE_bulkhead-vmm"), &program).unwrap();
+    let base = place.path("jails");
+    fs::create_dir(&base).unwrap();
+    let (mut jailed, mut plain) = (Vec::new(), Vec::new());
+    for number in 0..RUNS {
+        let time = |command: &mut Command| {
+            let start = now_ns();
+            let done = command.stdout(Stdio::null()).stderr(Stdio::null()).status().unwrap();
+            let took = now_ns() - start;
+            assert_eq!(done.code(), Some(REFUSED), "{command:?}: {done}");
+            took
+        };
+        plain.push(time(Command::new(&program).arg("--id")));
+        let mut command = Command::new(&jailer);
+        command.arg("--id").arg(format!("bench{number}")).arg("--exec-file").arg(&program);
+        command.args(["--uid", "1900000000", "--gid", "1900000000", "--chroot-base-dir"]).arg(&base);
+        jailed.push(time(&mut command));
+    }
+    difference("Firecracker's jailer (no namespaces but that of mounts)", &jailed, &plain);
+}
+
+/// Best against best, and the median of the differences of runs that followed each other.
+fn difference(what: &str, with: &[u64], without: &[u64]) {
+    let best = |times: &[u64]| times.iter().min().copied().unwrap_or(0) as f64 / 1e6;
+    let mut pairs: Vec<_> = with.iter().zip(without).map(|(a, b)| (*a as f64 - *b as f64) / 1e6).collect();
+    pairs.sort_by(f64::total_cmp);
+    println!(
+        "  {what}: best {:.2} ms more, median of pairs {:.2} ms more",
+        best(with) - best(without),
+        pairs[pairs.len() / 2]
+    );
 }
 
 /// The same for a machine that goes on from a snapshot of a guest that writes 16 MiB and then waits.
@@ -104,10 +163,11 @@ fn restores(place: &Place) {
 }
 
 /// Time from exec to the first entry into the guest, and the steps between in nanoseconds.
-fn one_start(place: &Place, config: &std::path::Path) -> (u64, Vec<(String, u64)>) {
+fn one_start(place: &Place, config: &Path, more: &[&str]) -> (u64, Vec<(String, u64)>) {
     let start = now_ns();
-    let status =
-        common::monitor().arg("--config").arg(config).env(START_ENV, start.to_string()).status().unwrap();
+    let mut monitor = common::monitor();
+    monitor.arg("--config").arg(config).args(more).env(START_ENV, start.to_string());
+    let status = monitor.status().unwrap();
     assert!(status.success(), "{status}");
     steps(place, start)
 }
