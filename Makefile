@@ -14,7 +14,7 @@ ifneq ($(SYSCONFDIR),/etc)
 export BULKHEAD_SYSCONFDIR := $(SYSCONFDIR)
 endif
 
-say      = @printf '\033[1m==> %s\033[0m\n' "$(1)"
+say      = @printf '\033[1m==> %s %s\033[0m\n' "$$(date +%T)" "$(1)"
 
 .PHONY: all demo test test-unit test-system fuzz bench check install clean deps binaries kernel initramfs images
 

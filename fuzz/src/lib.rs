@@ -58,6 +58,8 @@ pub const TARGETS: &[Target] = &[
     targets::snapshot::STATE,
     targets::snapshot::DEVICE_STATE,
     targets::snapshot::WORKING_SET,
+    targets::saved::MEMORY_FRAMES,
+    targets::saved::PACKED_DISK,
     targets::control::REQUESTS,
     targets::agent::ANSWERS,
     targets::agent::STREAM,

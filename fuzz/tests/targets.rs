@@ -124,6 +124,8 @@ tests! {
     snapshot_state "snapshot-state"
     device_state "device-state"
     working_set "working-set"
+    memory_frames "memory-frames"
+    packed_disk "packed-disk"
     control "control"
     agent_answers "agent-answers"
     agent_streams "agent-streams"

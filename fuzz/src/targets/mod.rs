@@ -9,4 +9,5 @@ pub mod files;
 pub mod image;
 pub mod packets;
 pub mod registers;
+pub mod saved;
 pub mod snapshot;

@@ -60,7 +60,7 @@ fn snapshot(devices: Vec<TransportState>) -> Snapshot {
 }
 
 /// The form of the file around a body.
-fn wrap(body: &[u8]) -> Vec<u8> {
+pub(super) fn wrap(body: &[u8]) -> Vec<u8> {
     let script =
         Script::new().raw(b"BLKHSNAP").u32(file::VERSION).u32(body.len() as u32).u32(crc32fast::hash(body));
     let sum = crc32fast::hash(&script.0);

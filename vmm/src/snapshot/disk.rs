@@ -156,6 +156,19 @@ impl Saved {
         Err(damaged("a disk's copy has only a part of it, and the snapshot no base"))
     }
 
+    /// A packed copy alone, for what wants to see how it is read.
+    ///
+    /// # Errors
+    /// It is damaged, or a difference from another.
+    #[doc(hidden)]
+    pub fn alone(file: File) -> io::Result<Self> {
+        let index = read_index(&file)?;
+        if index.based {
+            return Err(damaged("it is a difference"));
+        }
+        Ok(Self { length: index.length, packed: vec![(file, index)], raw: None })
+    }
+
     fn fits(&mut self, length: u64) -> io::Result<()> {
         if !self.packed.is_empty() && length != self.length {
             return Err(damaged("a disk's copy has another length than the one in the base"));
