@@ -175,3 +175,30 @@ fn a_monitor_of_a_user_without_rights_is_jailed(host: &Host) -> Result<()> {
     std::fs::set_permissions("/dev/kvm", mode)?;
     Ok(())
 }
+
+test!(roots_with_fewer_rights_have_it_too, BUSYBOX.deadline(120));
+fn roots_with_fewer_rights_have_it_too(host: &Host) -> Result<()> {
+    let shared = host.work().join("shared");
+    std::fs::create_dir_all(&shared)?;
+    let volume = format!("{}:/shared", shared.display());
+    // Limits cannot be raised, and are low already.
+    for wrapper in [
+        &["setpriv", "--bounding-set=-sys_resource"][..],
+        &["setpriv", "--bounding-set=-sys_resource", "prlimit", "--nofile=1024:1024", "--core=0:0"],
+    ] {
+        let program = Program::new(wrapper.iter().copied());
+        let run = ["bulkhead", "run", "-d", "--name", "box", "-v", &volume, "busybox", "sleep", "1000"];
+        program.args(run).run()?.ok()?;
+        let seen = isolation(host, "box")?;
+        check_monitor(&seen)?;
+        let server = seen["file_servers"][0].clone();
+        check_both(&server)?;
+        let nofile = &seen["monitor"]["limits"]["Max open files"];
+        if wrapper.len() > 2 {
+            ensure!(nofile == "1024 1024", "{nofile}");
+        }
+        host.bulkhead(["exec", "box", "sh", "-c", "echo in >/shared/file"])?.ok()?;
+        host.bulkhead(["rm", "-f", "box"])?.ok()?;
+    }
+    Ok(())
+}
