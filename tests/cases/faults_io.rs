@@ -176,7 +176,7 @@ fn a_disk_that_fails_fails_its_containers_and_can_be_left(host: &Host) -> Result
     disk.becomes("error")?;
     let write = "dd if=/dev/zero of=/big bs=1M count=8 conv=fsync";
     let wrote = at(&format!("exec cc {write}"))?;
-    println!("in the container: {}", wrote.stderr().lines().next().unwrap_or_default());
+    println!("exec: {}", wrote.stderr().lines().next().unwrap_or_default());
     wrote.failed()?;
     for verb in ["ps -a", "inspect cc", "run --rm busybox true", "image ls"] {
         let finished = at(verb)?;
