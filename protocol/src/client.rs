@@ -64,6 +64,17 @@ pub fn words(text: &str) -> String {
     text.chars().filter(|c| !c.is_control() || matches!(c, '\n' | '\t')).take(MAX_MESSAGE).collect()
 }
 
+/// A time limit of the socket has passed: says what that means.
+fn silent(error: io::Error) -> io::Error {
+    if error.kind() == io::ErrorKind::WouldBlock {
+        return io::Error::new(
+            io::ErrorKind::TimedOut,
+            "no answer in time: the guest, or its monitor, stands still",
+        );
+    }
+    error
+}
+
 /// One connection to a service.
 #[derive(Debug)]
 pub struct Client<S> {
@@ -107,7 +118,7 @@ impl<S: Read + Write> Client<S> {
     /// # Errors
     /// Every [`CallError`].
     pub fn receive<R: Message + Default>(&mut self, method: &'static str, id: u32) -> Result<R, CallError> {
-        let io = |source| CallError::Io { method, source };
+        let io = |source| CallError::Io { method, source: silent(source) };
         let bad = |source| CallError::Wire { method, source };
         for _ in 0..=MAX_STRAYS {
             let mut begun = None;
@@ -190,6 +201,16 @@ mod tests {
                 Client::new(ours, "s").call::<CreateContainerResponse>("M", &ContainerRequest::default());
             assert_eq!(result.is_ok(), heard, "{strays}: {result:?}");
         }
+    }
+
+    #[test]
+    fn a_silent_peer_is_not_waited_for_longer_than_the_socket_says() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        ours.set_read_timeout(Some(std::time::Duration::from_millis(5))).unwrap();
+        let error = Client::new(ours, "s").call::<CreateContainerResponse>("M", &ContainerRequest::default());
+        let Err(CallError::Io { source, .. }) = error else { panic!("{error:?}") };
+        assert_eq!(source.kind(), io::ErrorKind::TimedOut);
+        assert!(source.to_string().contains("stands still"), "{source}");
     }
 
     #[test]

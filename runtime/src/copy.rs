@@ -11,12 +11,16 @@ use std::net::Shutdown;
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Component, Path, PathBuf};
+use std::time::Duration;
 
 use bulkhead_protocol::agent::stream_hello::Kind;
 
-use crate::guest::{Guest, accepted};
+use crate::guest::{Guest, accepted, limit, stalled};
 use crate::state::{Files, Record};
 use crate::{Context, Error, Layout, Result, stop};
+
+/// How long nothing of an archive may move before the guest is taken for one that stands still.
+const STALLED: Duration = Duration::from_secs(60);
 
 /// Copies a host file or directory into a container, with docker's rules for the target.
 ///
@@ -40,6 +44,7 @@ pub fn into_container(layout: &Layout, record: &Record, from: &Path, to: &str) -
     };
     let what = || format!("cannot copy {} into the container", from.display());
     let connection = guest.stream(record.in_guest(), "", Kind::ArchiveIn, &dir)?;
+    limit(&connection, STALLED).context(what)?;
     let mut archive = tar::Builder::new(io::BufWriter::with_capacity(64 << 10, &connection));
     archive.follow_symlinks(false);
     let written = if metadata.is_dir() {
@@ -51,7 +56,7 @@ pub fn into_container(layout: &Layout, record: &Record, from: &Path, to: &str) -
     let _ = connection.shutdown(Shutdown::Write);
     let mut connection = connection;
     // The guest's reason is the better one when it has stopped reading.
-    accepted(&mut connection).and(written).context(what)
+    accepted(&mut connection).and(written.map_err(|error| stalled(error, STALLED))).context(what)
 }
 
 /// Copies a file or directory out of a container, with docker's rules for the target.
@@ -61,8 +66,10 @@ pub fn into_container(layout: &Layout, record: &Record, from: &Path, to: &str) -
 pub fn out_of_container(layout: &Layout, record: &Record, from: &str, to: &Path) -> Result<()> {
     stop::running(record)?;
     let guest = Guest::new(&Files::new(layout, &record.id).vsock());
+    let what = || format!("cannot copy {from} to {}", to.display());
     let connection = guest.stream(record.in_guest(), "", Kind::ArchiveOut, from)?;
-    unpack(connection, to, from.ends_with("/.")).context(|| format!("cannot copy {from} to {}", to.display()))
+    limit(&connection, STALLED).context(what)?;
+    unpack(connection, to, from.ends_with("/.")).map_err(|error| stalled(error, STALLED)).context(what)
 }
 
 /// Whether a path in the container is a directory: only a directory takes an archive.

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use bulkhead_protocol::agent::stream_hello::Kind;
 use bulkhead_protocol::agent::{ConfigureRequest, GuestInfo, StreamHello, StreamReply};
-use bulkhead_protocol::client::{CallError, Client, words};
+use bulkhead_protocol::client::{Client, words};
 use bulkhead_protocol::{AGENT_PORT, AGENT_SERVICE, PROTOCOL_VERSION, STREAM_PORT, stream};
 
 use crate::network::Network;
@@ -17,6 +17,8 @@ use crate::{Context, Error, Result, names};
 
 /// How long the monitor and the guest's kernel may take to connect, and the agent to accept a stream.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// How long the agent may take to answer a call. Waiting for a process's end is no such call: who does that watches the connection.
+const ANSWER: Duration = Duration::from_secs(60);
 /// Longest answer to `CONNECT`: `OK 4294967295\n`.
 const MAX_ANSWER: usize = 32;
 /// Bytes of entropy given to a guest.
@@ -38,12 +40,22 @@ impl Guest {
         Self { vsock: vsock.to_owned() }
     }
 
-    /// Connects to the agent's ttrpc service.
+    /// Connects to the agent's ttrpc service. A call whose answer takes more than a minute fails.
     ///
     /// # Errors
     /// The monitor is gone, or the agent does not answer.
     pub fn agent(&self) -> Result<Agent> {
-        Ok(Client::new(self.connect(AGENT_PORT)?, AGENT_SERVICE))
+        self.agent_within(PATIENCE, ANSWER)
+    }
+
+    /// The same with other limits: for the connection, and for each answer.
+    ///
+    /// # Errors
+    /// As [`Guest::agent`].
+    pub fn agent_within(&self, patience: Duration, answer: Duration) -> Result<Agent> {
+        let connection = self.connect(AGENT_PORT, patience)?;
+        limit(&connection, answer).context(unreachable)?;
+        Ok(Client::new(connection, AGENT_SERVICE))
     }
 
     /// Connects one stream of a process; `path` is for archives.
@@ -70,33 +82,43 @@ impl Guest {
     }
 
     fn say(&self, hello: &StreamHello, what: impl Fn() -> String + Copy) -> Result<UnixStream> {
-        let mut connection = self.connect(STREAM_PORT)?;
-        connection.set_read_timeout(Some(PATIENCE)).context(what)?;
+        let mut connection = self.connect(STREAM_PORT, PATIENCE)?;
+        limit(&connection, PATIENCE).context(what)?;
         stream::write_message(&mut connection, hello).context(what)?;
         accepted(&mut connection).context(what)?;
         connection.set_read_timeout(None).context(what)?;
+        connection.set_write_timeout(None).context(what)?;
         Ok(connection)
     }
 
-    fn connect(&self, port: u32) -> Result<UnixStream> {
-        let what = || "cannot reach the agent in the guest".to_owned();
+    fn connect(&self, port: u32, patience: Duration) -> Result<UnixStream> {
+        let what = unreachable;
         let mut connection = UnixStream::connect(&self.vsock).context(what)?;
-        connection.set_read_timeout(Some(PATIENCE)).context(what)?;
+        limit(&connection, patience).context(what)?;
         connection.write_all(format!("CONNECT {port}\n").as_bytes()).context(what)?;
         let mut answer = Vec::with_capacity(MAX_ANSWER);
         // Byte by byte: what follows the line belongs to whoever listens in the guest.
         while answer.last() != Some(&b'\n') && answer.len() < MAX_ANSWER {
             let mut byte = [0];
-            connection.read_exact(&mut byte).map_err(silent).context(what)?;
+            connection.read_exact(&mut byte).map_err(|error| silent(error, patience)).context(what)?;
             answer.extend_from_slice(&byte);
         }
         if !answer.starts_with(b"OK ") {
             let said = words(&String::from_utf8_lossy(&answer));
             return Err(Error::Monitor(format!("the monitor refused a connection: {}", said.trim_end())));
         }
-        connection.set_read_timeout(None).context(what)?;
         Ok(connection)
     }
+}
+
+fn unreachable() -> String {
+    "cannot reach the agent in the guest".to_owned()
+}
+
+/// Lets no single read or write take longer.
+pub(crate) fn limit(connection: &UnixStream, patience: Duration) -> io::Result<()> {
+    connection.set_read_timeout(Some(patience))?;
+    connection.set_write_timeout(Some(patience))
 }
 
 /// Makes a guest itself: the first thing that every guest is told. Entropy, clock and the check of the agent's version are added to
@@ -112,13 +134,9 @@ pub fn configure(agent: &mut Agent, request: ConfigureRequest) -> Result<GuestIn
     let what = || "cannot set the guest up".to_owned();
     // A guest that goes on from a template has not shown yet that it is well.
     agent.stream().set_read_timeout(Some(PATIENCE)).context(what)?;
-    let mut info: GuestInfo = agent.call("Configure", &request).map_err(|error| match error {
-        CallError::Io { source, .. } if source.kind() == io::ErrorKind::WouldBlock => {
-            Error::Io { what: what(), source: silent(source) }
-        }
-        source => Error::Agent { what: what(), source },
-    })?;
-    agent.stream().set_read_timeout(None).context(what)?;
+    let mut info: GuestInfo =
+        agent.call("Configure", &request).map_err(|source| Error::Agent { what: what(), source })?;
+    agent.stream().set_read_timeout(Some(ANSWER)).context(what)?;
     if info.protocol == PROTOCOL_VERSION {
         // It is kept, and shown.
         info.kernel_release = words(&info.kernel_release);
@@ -144,20 +162,25 @@ pub fn reconfigure(agent: &mut Agent, before: &Network, now: &Network, name_serv
 
 /// Reads the agent's reply to a hello, or to a finished archive.
 pub(crate) fn accepted(connection: &mut UnixStream) -> io::Result<()> {
-    let reply: StreamReply = stream::read_message(connection).map_err(silent)?;
+    let patience = connection.read_timeout().ok().flatten().unwrap_or(PATIENCE);
+    let reply: StreamReply = stream::read_message(connection).map_err(|error| silent(error, patience))?;
     if reply.error.is_empty() { Ok(()) } else { Err(io::Error::other(words(&reply.error))) }
 }
 
 /// Puts words to the two ways in which a peer says nothing.
-fn silent(error: io::Error) -> io::Error {
-    match error.kind() {
-        io::ErrorKind::WouldBlock => io::Error::new(
-            io::ErrorKind::TimedOut,
-            format!("no answer within {} seconds", PATIENCE.as_secs()),
-        ),
-        io::ErrorKind::UnexpectedEof => {
-            io::Error::new(io::ErrorKind::UnexpectedEof, "the connection was closed: nothing listens there")
-        }
-        _ => error,
+fn silent(error: io::Error, patience: Duration) -> io::Error {
+    if error.kind() == io::ErrorKind::UnexpectedEof {
+        return io::Error::new(error.kind(), "the connection was closed: nothing listens there");
     }
+    stalled(error, patience)
+}
+
+/// Puts words to a time limit that has passed.
+pub(crate) fn stalled(error: io::Error, patience: Duration) -> io::Error {
+    if error.kind() != io::ErrorKind::WouldBlock {
+        return error;
+    }
+    let seconds = patience.as_secs();
+    let words = format!("no answer within {seconds} seconds: the guest, or its monitor, stands still");
+    io::Error::new(io::ErrorKind::TimedOut, words)
 }

@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -169,6 +170,8 @@ pub struct Monitor {
     pub ready: UnixListener,
     /// How long the guest may take to boot.
     patience: Duration,
+    /// It did not end by itself.
+    given_up: bool,
     discarded: bool,
 }
 
@@ -237,7 +240,16 @@ impl Monitor {
         };
         let child = spawn.start().context(what)?;
         let patience = Duration::from_secs(settings.machine.boot_timeout.into());
-        Ok(Self { child, _cell: cell, files: files.clone(), origin: None, ready, patience, discarded: false })
+        Ok(Self {
+            child,
+            _cell: cell,
+            files: files.clone(),
+            origin: None,
+            ready,
+            patience,
+            given_up: false,
+            discarded: false,
+        })
     }
 
     /// Readable when it has ended.
@@ -294,6 +306,10 @@ impl Monitor {
             if ended {
                 let happened = match self.origin.take() {
                     None => "the microVM ended before its agent was up".to_owned(),
+                    // It says nothing about the template.
+                    Some(Origin::Template(_)) if self.was_killed() => {
+                        "the microVM was killed before its agent was up".to_owned()
+                    }
                     Some(Origin::Template(template)) => {
                         // Whatever is wrong with it, the next one will be made anew.
                         template.discard();
@@ -326,7 +342,16 @@ impl Monitor {
     /// Why the monitor ended, in its own words. One that has only lost its agent is ended.
     pub fn last_words(&mut self, happened: &str) -> String {
         self.end();
-        let status = self.child.wait().map_or_else(|error| error.to_string(), |status| status.to_string());
+        let status = self.child.wait().map_or_else(
+            |error| error.to_string(),
+            |status| match status.signal() {
+                // It has no way to say so itself.
+                Some(libc::SIGKILL) if !self.given_up => {
+                    format!("{status}: somebody killed it, or the host's kernel did for want of memory, as `dmesg` tells then")
+                }
+                _ => status.to_string(),
+            },
+        );
         let log = fs::read(self.files.monitor_log()).unwrap_or_default();
         let tail = log.get(log.len().saturating_sub(SHOWN)..).unwrap_or_default();
         let words = printable(&String::from_utf8_lossy(tail));
@@ -335,6 +360,11 @@ impl Monitor {
         let served = printable(&String::from_utf8_lossy(served.get(..SHOWN).unwrap_or(&served)));
         let served = if served.is_empty() { served } else { format!("\nvirtiofsd said:\n{served}") };
         format!("{happened} ({status}); {said}{served}")
+    }
+
+    /// Whether somebody has killed it, rather than that it came to an end of its own.
+    fn was_killed(&mut self) -> bool {
+        self.child.wait().is_ok_and(|status| status.signal() == Some(libc::SIGKILL))
     }
 
     /// Whether it has ended, or does so in a moment: a connection that it had breaks off just before.
@@ -348,6 +378,7 @@ impl Monitor {
         let patience = Timespec { tv_sec: END_PATIENCE.as_secs().try_into().unwrap_or(10), tv_nsec: 0 };
         if !matches!(poll(&mut [PollFd::new(&self.child, PollFlags::IN)], Some(&patience)), Ok(1..)) {
             self.child.kill();
+            self.given_up = true;
         }
         let _ = self.child.wait();
     }

@@ -438,7 +438,7 @@ fn names_are_resolved_as_asked(host: &Host) -> Result<()> {
 }
 
 /// A host with a connection to nowhere, which passt needs, removed at the test's end.
-fn connected(host: &Host) -> Result<Prepared<'_>> {
+pub fn connected(host: &Host) -> Result<Prepared<'_>> {
     let prepared = Prepared { host, namespaces: vec!["unused".into()] };
     prepared.lines(
         "netns add unused

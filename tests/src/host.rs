@@ -131,6 +131,7 @@ impl Host {
     /// Fails unless all is again as it was before, within `patience`; `what` says after what.
     pub fn is_as(&self, before: &Snapshot, what: &str, patience: Duration) -> Result<()> {
         let end = Instant::now() + patience;
+        let mut pause = Duration::from_millis(10);
         loop {
             let left = self.look().difference(before);
             if left.is_empty() {
@@ -139,7 +140,8 @@ impl Host {
             if Instant::now() > end {
                 bail!("after {what}, the host is not as it was:\n  {}", left.join("\n  "));
             }
-            std::thread::sleep(Duration::from_millis(20));
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_millis(300));
         }
     }
 

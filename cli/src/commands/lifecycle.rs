@@ -34,9 +34,7 @@ pub fn rm(layout: &Layout, args: &RmArgs) -> Outcome {
                 match Record::load(layout, &id) {
                     Ok(record) => runtime::remove(layout, &record, args.force)?,
                     // A record that cannot be read must not be for ever.
-                    Err(_) if args.force => {
-                        bulkhead_runtime::state::remove_files(layout, &Files::new(layout, &id), name)?;
-                    }
+                    Err(_) if args.force => runtime::remove_unreadable(layout, &id, name)?,
                     Err(error) => return Err(error),
                 }
             }

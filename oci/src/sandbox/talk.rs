@@ -1,6 +1,6 @@
 //! What `create` and the other verbs say to a sandbox, and how.
 
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -46,22 +46,36 @@ pub fn socket(run: &Path) -> PathBuf {
     run.join("oci")
 }
 
-/// Asks the sandbox for something and waits until it is done.
+/// Asks the sandbox for something and waits until it is done: for a start as long as its hooks take, for all else not long.
 ///
 /// # Errors
-/// The sandbox is gone, or says no.
+/// The sandbox is gone, stands still, or says no.
 pub fn ask(run: &Path, ask: &Ask) -> Result<()> {
     let what = || "cannot reach the container's sandbox".to_owned();
     let mut stream = UnixStream::connect(socket(run)).context(what)?;
     let line = serde_json::to_string(ask).context(what)? + "\n";
     stream.write_all(line.as_bytes()).context(what)?;
+    if !matches!(ask, Ask::Start) {
+        stream.set_read_timeout(Some(PATIENCE)).context(what)?;
+    }
     let mut answer = String::new();
-    stream.take(MAX_LINE).read_to_string(&mut answer).context(what)?;
+    stream.take(MAX_LINE).read_to_string(&mut answer).map_err(silent).context(what)?;
     match serde_json::from_str::<Answer>(&answer) {
         Ok(answer) if answer.is_empty() => Ok(()),
         Ok(answer) => Err(Error::Usage(answer)),
         Err(_) => Err(Error::Usage("the container's sandbox ended before it answered".into())),
     }
+}
+
+fn silent(error: io::Error) -> io::Error {
+    if error.kind() != io::ErrorKind::WouldBlock {
+        return error;
+    }
+    let words = format!(
+        "no answer within {} seconds: it stands still (`delete --force` ends it)",
+        PATIENCE.as_secs()
+    );
+    io::Error::new(io::ErrorKind::TimedOut, words)
 }
 
 /// Tells the sandbox to kill its container, and answers the sandbox's pid. `None` when nobody listens.

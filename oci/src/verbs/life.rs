@@ -10,13 +10,15 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde_json::{Map, Value, json};
 
-use super::{agent, create, in_state};
+use super::{agent, create, guest, in_state};
 use crate::args::{Kill, Update};
 use crate::config::{leave_hosts_out, read_json};
 use crate::sandbox::{self, Ask};
 use crate::store::{Container, Status, start_of};
 use crate::{Context, hooks, pod};
 
+/// How long the agent may take to answer before a container is killed without it.
+const ANSWER: Duration = Duration::from_secs(5);
 /// How long a killed sandbox may take to go.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -38,13 +40,20 @@ pub fn start(context: &Context, id: &str) -> Result<()> {
 /// There is no such signal, or the container does not run.
 pub fn kill(context: &Context, wish: &Kill) -> Result<()> {
     let signal = parse_signal(&wish.signal)?;
+    let kills = signal == libc::SIGKILL.unsigned_abs();
     let container = context.root.load(&wish.id)?;
     match container.status() {
         Status::Stopped if wish.all => Ok(()),
         Status::Stopped | Status::Creating => {
             Err(Error::Usage(format!("container not running: {}", wish.id)))
         }
-        Status::Created => sandbox::ask(&container.run, &Ask::Signal(signal)),
+        Status::Created => match sandbox::ask(&container.run, &Ask::Signal(signal)) {
+            Err(_) if kills && container.lives() => {
+                end(&container);
+                Ok(())
+            }
+            result => result,
+        },
         Status::Running | Status::Paused => {
             let request = SignalProcessRequest {
                 container: container.in_guest(),
@@ -52,12 +61,15 @@ pub fn kill(context: &Context, wish: &Kill) -> Result<()> {
                 signal,
                 all: wish.all,
             };
-            match agent(&container).and_then(|mut agent| {
+            // One that is to be killed need not be waited for.
+            let agent =
+                if kills { guest(&container).agent_within(ANSWER, ANSWER) } else { agent(&container) };
+            match agent.and_then(|mut agent| {
                 let done: Result<Empty, _> = agent.call("SignalProcess", &request);
                 done.context(|| format!("cannot signal container {}", wish.id))
             }) {
                 // A guest that does not answer any more can still be ended.
-                Err(_) if signal == libc::SIGKILL.unsigned_abs() && container.lives() => {
+                Err(_) if kills && container.lives() => {
                     end(&container);
                     Ok(())
                 }

@@ -1,7 +1,7 @@
 //! Makes copies of a container that runs.
 
 use std::fs::{self, File};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use bulkhead_image::Store;
 use rustix::fs::{FlockOperation, flock};
@@ -75,15 +75,23 @@ struct Place {
     _lock: File,
 }
 
+/// Where forks have their places.
+fn home(layout: &Layout) -> PathBuf {
+    layout.data.join("forks")
+}
+
 impl Place {
     fn make(layout: &Layout) -> Result<Self> {
-        let home = layout.data.join("forks");
+        let home = home(layout);
+        sweep(layout);
         private_dir(&home)?;
-        sweep(&home);
         let mut name = [0; 8];
         names::random(&mut name)?;
         let path = home.join(names::hex(&name));
         let what = || format!("cannot make {}", path.display());
+        // Nobody may take a place for one that was left before its lock is held.
+        let making = File::open(&home).context(what)?;
+        flock(&making, FlockOperation::LockExclusive).context(what)?;
         private_dir(&path)?;
         let lock = File::create_new(path.join("lock")).context(what)?;
         flock(&lock, FlockOperation::NonBlockingLockExclusive).context(what)?;
@@ -100,8 +108,13 @@ impl Drop for Place {
 }
 
 /// Removes what forks that were killed have left.
-fn sweep(home: &Path) {
-    let Ok(entries) = fs::read_dir(home) else { return };
+pub(crate) fn sweep(layout: &Layout) {
+    let home = home(layout);
+    let Ok(making) = File::open(&home) else { return };
+    if flock(&making, FlockOperation::NonBlockingLockExclusive).is_err() {
+        return;
+    }
+    let Ok(entries) = fs::read_dir(&home) else { return };
     for entry in entries.flatten() {
         let used = File::open(entry.path().join("lock"))
             .is_ok_and(|lock| flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err());
@@ -109,4 +122,6 @@ fn sweep(home: &Path) {
             let _ = fs::remove_dir_all(entry.path());
         }
     }
+    // Not if there is one in use.
+    let _ = fs::remove_dir(home);
 }

@@ -15,6 +15,9 @@ use crate::supervise::ends_a_program;
 use crate::terminal::Signals;
 use crate::{Error, Result};
 
+/// How long the containers may take to stand still.
+const SUSPEND_PATIENCE: Duration = Duration::from_secs(600);
+
 /// A machine that runs and is to be saved.
 pub struct Machine {
     /// "container web".
@@ -93,6 +96,8 @@ impl Machine {
     pub fn save(&mut self, request: SnapshotRequest, then: Then, sync: bool) -> Result<SavedMachine> {
         let Self { what, client, status, agent, signals } = self;
         let start = Instant::now();
+        // What the containers have written may have to reach the host's disk first.
+        let _ = agent.stream().set_read_timeout(Some(SUSPEND_PATIENCE));
         let _: Empty = agent
             .call("Suspend", &SuspendRequest { sync })
             .map_err(|source| Error::Agent { what: format!("cannot save {what}"), source })?;

@@ -25,6 +25,7 @@ use crate::state::Record;
 use crate::{Context, Error, Result};
 
 pub use draft::Draft;
+pub(crate) use fork::sweep;
 pub use fork::{Forked, fork};
 pub use machine::{Machine, SavedMachine, Summary, Then};
 pub use restore::{Wishes, restore};

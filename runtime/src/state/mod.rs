@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::network::{self, Network, NetworkWish};
 use crate::options::RunOptions;
-use crate::{Context, Error, Layout, Result, jail, names};
+use crate::{Context, Error, Layout, Result, jail, names, snapshot};
 pub use reservation::Reservation;
 use reservation::create_locked;
 pub(crate) use reservation::{Nameless, take as take_name};
@@ -441,18 +441,23 @@ fn ids(layout: &Layout) -> Result<Vec<String>> {
     Ok(entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect())
 }
 
-/// All records, newest first. Directories without a record whose maker is gone are cleared away.
+/// All records, newest first. Directories without a record whose maker is gone are cleared away, and what killed forks have left.
 ///
 /// # Errors
 /// The directory cannot be listed.
 pub fn list(layout: &Layout) -> Result<Vec<Record>> {
+    snapshot::sweep(layout);
     let mut records = Vec::new();
     for id in ids(layout)? {
         match Record::load(layout, &id) {
             Ok(record) if record.status == Status::Exited && record.options.auto_remove => {}
             Ok(record) => records.push(record),
-            Err(_) => {
+            Err(error) => {
                 let files = Files::new(layout, &id);
+                // One that was just removed, or is not one yet, is nobody's loss; of one that cannot be read it must be said.
+                if !matches!(&error, Error::Io { source, .. } if source.kind() == io::ErrorKind::NotFound) {
+                    eprintln!("bulkhead: {}", error.chain());
+                }
                 if !files.record().exists() && files.lock().exists() && !is_locked(&files.lock()) {
                     forget_names(layout, &id);
                     let _ = remove_files(layout, &files, "");

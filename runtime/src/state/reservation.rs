@@ -35,6 +35,8 @@ impl Reservation {
         match take(layout, name, &id) {
             Ok(name) => Ok(Self { files, id, name, lock }),
             Err(error) => {
+                // Its descriptor may be the one that is missing.
+                drop(lock);
                 let _ = fs::remove_dir_all(&files.dir);
                 Err(error)
             }
