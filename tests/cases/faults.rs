@@ -99,6 +99,8 @@ const MAKERS: &[Row] = &[
         prepare: "rm -rf /var/lib/bulkhead/templates/*",
         line: "bulkhead run -d --name cc busybox sleep 1000",
         victims: &[Caller, Monitor, All],
+        // What is half-made goes when the next is made.
+        undo: "bulkhead run --rm busybox true",
         ..ROW
     },
     Row {
