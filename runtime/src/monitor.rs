@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::FileType;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use vmm::config::{
@@ -28,6 +29,8 @@ use crate::{Artefacts, Context, Error, Result, null, trace};
 
 /// What the guest's kernel and agent need beside the container, in MiB.
 const OVERHEAD_MIB: u64 = 64;
+/// Open files that a monitor has at most while its guest uses no streams, and some more.
+const DESCRIPTORS: u64 = 96;
 /// How long a monitor may take to end once told to.
 const END_PATIENCE: Duration = Duration::from_secs(10);
 /// How much of a monitor's words is shown, in bytes.
@@ -175,6 +178,23 @@ pub struct Monitor {
     discarded: bool,
 }
 
+/// A monitor inherits the limit of open files. One that is too low would show when nobody can connect to it any more.
+fn enough_descriptors() -> Result<()> {
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    if current.is_none_or(|current| current >= DESCRIPTORS) {
+        return Ok(());
+    }
+    if maximum.is_none_or(|maximum| maximum >= DESCRIPTORS) {
+        let wanted = Rlimit { current: Some(DESCRIPTORS), maximum };
+        return setrlimit(Resource::Nofile, wanted).context(|| "cannot raise the limit of open files".into());
+    }
+    let most = maximum.unwrap_or_default();
+    Err(Error::Usage(format!(
+        "a process may have {most} open files here, and the monitor of a microVM takes up to {DESCRIPTORS}: raise the limit \
+         (`ulimit -n 1024`)"
+    )))
+}
+
 impl Monitor {
     /// Starts the monitor of a sandbox; the guest boots while the caller does other things. With an origin, which must be
     /// a machine of the same shape and devices, it goes on from there instead.
@@ -187,6 +207,7 @@ impl Monitor {
         links: &Links,
         origin: Option<&Origin>,
     ) -> Result<Self> {
+        enough_descriptors()?;
         let mut config = outline(artefacts, files, shape);
         config.machine.kvm_fd = links.kvm.as_ref().map(AsRawFd::as_raw_fd);
         config.disks = disks;
