@@ -45,6 +45,7 @@ mod settings;
 mod shim;
 mod snapshot_forms;
 mod snapshots;
+mod soak;
 mod templates;
 mod terminal;
 mod virtio_fs;
