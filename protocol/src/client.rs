@@ -135,7 +135,7 @@ impl<S: Read + Write> Client<S> {
                 let message = words(&status.message);
                 return Err(CallError::Refused { code: Code::from_number(status.code), message });
             }
-            return R::decode(response.payload.as_slice()).map_err(|e| bad(e.into()));
+            return wire::decode_answer(&response.payload).map_err(bad);
         }
         Err(bad(WireError::Unasked))
     }

@@ -4,11 +4,15 @@
 //! frame's length is capped before anything is allocated for it.
 
 use prost::Message;
+use prost::encoding::{DecodeContext, decode_key, skip_field};
 
 /// Bytes of a frame header.
 pub const HEADER_LEN: usize = 10;
 /// Largest payload that is accepted, in bytes: the limit of every ttrpc implementation.
 pub const MAX_PAYLOAD: usize = 4 << 20;
+/// Most fields of an answer, each repetition counted: twice the processes that a guest's kernel has at once unless it is told
+/// otherwise.
+pub const MAX_FIELDS: usize = 64 << 10;
 
 /// What a frame carries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +35,9 @@ pub enum WireError {
     /// The payload is not the protobuf message it should be.
     #[error("ttrpc frame does not decode: {0}")]
     Decode(#[from] prost::DecodeError),
+    /// More than [`MAX_FIELDS`].
+    #[error("an answer of more than {MAX_FIELDS} fields")]
+    ManyFields,
     /// Many frames that belong to no call.
     #[error("the peer sends ttrpc frames that nobody asked for")]
     Unasked,
@@ -183,6 +190,25 @@ pub fn encode(kind: Kind, stream_id: u32, message: &impl Message) -> Result<Vec<
     Ok(frame)
 }
 
+/// Decodes an answer. An empty field takes two bytes of a payload and a hundred once it is decoded, so that they are counted before
+/// anything is made of them. In what an agent answers, nothing is repeated inside of what is repeated.
+///
+/// # Errors
+/// [`WireError::ManyFields`] and [`WireError::Decode`].
+pub fn decode_answer<R: Message + Default>(payload: &[u8]) -> Result<R, WireError> {
+    let mut rest = payload;
+    let mut count = 0;
+    while !rest.is_empty() {
+        let (tag, kind) = decode_key(&mut rest)?;
+        skip_field(kind, tag, &mut rest, DecodeContext::default())?;
+        count += 1;
+        if count > MAX_FIELDS {
+            return Err(WireError::ManyFields);
+        }
+    }
+    Ok(R::decode(payload)?)
+}
+
 /// Takes whole frames out of bytes that arrive in pieces.
 #[derive(Debug, Default)]
 pub struct Decoder {
@@ -245,8 +271,20 @@ mod tests {
             while let Ok(Some((_, payload))) = decoder.next_frame() {
                 let _ = Request::decode(payload.as_slice());
                 let _ = Response::decode(payload.as_slice());
+                let _ = decode_answer::<crate::agent::ListProcessesResponse>(&payload);
             }
+            let _ = decode_answer::<crate::agent::ListProcessesResponse>(&bytes);
         }
+    }
+
+    #[test]
+    fn fields_are_counted_before_they_are_decoded() {
+        use crate::agent::ListProcessesResponse;
+        // Each is an empty process.
+        let answer = |count: usize| decode_answer::<ListProcessesResponse>(&[0x0a, 0].repeat(count));
+        assert_eq!(answer(MAX_FIELDS).unwrap().processes.len(), MAX_FIELDS);
+        assert_eq!(answer(MAX_FIELDS + 1), Err(WireError::ManyFields));
+        assert!(matches!(decode_answer::<ListProcessesResponse>(&[0x0a, 9, 0]), Err(WireError::Decode(_))));
     }
 
     #[test]

@@ -50,6 +50,7 @@ mod settings;
 mod shim;
 mod snapshot_forms;
 mod snapshots;
+mod soak;
 mod templates;
 mod terminal;
 mod verity;

@@ -17,6 +17,8 @@ use crate::{inside, workspace};
 
 /// Emulated hosts at once: they share the build machines' two cores.
 const AT_ONCE: usize = 2;
+/// Variables with this beginning mean the same to a test wherever it runs.
+const HANDED_IN: &str = "BULKHEAD_SOAK_";
 /// So many tests are named with their time at the end.
 const SLOWEST: usize = 12;
 /// So many lines of a failed test are repeated at the end.
@@ -142,7 +144,7 @@ impl Runner {
         match self.place {
             Place::Emulated => {
                 let state = self.state(needs)?;
-                let command = format!("exec whole-system --inside {}", test.name());
+                let command = format!("{}exec whole-system --inside {}", handed_in(), test.name());
                 let options = Options { clock: needs.clock, share: None, backstop };
                 let outcome = emulated::run(&state, &command, &options, output)?;
                 if outcome.status > 1 {
@@ -238,6 +240,13 @@ impl Runner {
             Err(error) => Err(Failed::from(format!("{text}\n{error:#}"))),
         }
     }
+}
+
+/// Settings of single tests, as they are in the environment here, for the emulated host's shell: `NAME=value; export NAME; `.
+fn handed_in() -> String {
+    let plain = |value: &str| value.chars().all(|letter| letter.is_ascii_alphanumeric());
+    let given = std::env::vars().filter(|(name, value)| name.starts_with(HANDED_IN) && plain(value));
+    given.map(|(name, value)| format!("{name}={value}; export {name}; ")).collect()
 }
 
 /// A shell line on this machine, in a mount namespace where Bulkhead's directories are the tests' own.
