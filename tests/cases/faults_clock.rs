@@ -1,5 +1,6 @@
 //! The host's wall clock jumps, as after its suspend or when somebody sets it.
 
+use std::fs;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
@@ -65,5 +66,65 @@ fn the_hosts_clock_jumps_and_nothing_breaks(host: &Host) -> Result<()> {
     }
     host.bulkhead(["rm", "-f", "old"])?.ok()?;
     host.bulkhead(["pool", "rm", "--all"])?.ok()?;
-    Ok(std::fs::remove_dir_all(saved)?)
+    Ok(fs::remove_dir_all(saved)?)
+}
+
+/// All processes of the host stand still and go on, as in a suspend. What comes after that in one, devices and processors, the emulated
+/// host does not wake up from.
+fn sleep_and_wake() -> Result<()> {
+    fs::write("/sys/power/pm_test", "freezer").context("choose what is done of a suspend")?;
+    // Seconds, which its processor spends working.
+    fs::write("/sys/module/suspend/parameters/pm_test_delay", "1").context("choose how long")?;
+    let slept = fs::write("/sys/power/state", "mem").context("suspend");
+    fs::write("/sys/power/pm_test", "none")?;
+    slept
+}
+
+test!(the_host_falls_asleep_and_wakes, BUSYBOX.deadline(300));
+fn the_host_falls_asleep_and_wakes(host: &Host) -> Result<()> {
+    if !host.is_emulated() {
+        println!("left out: this machine is somebody's");
+        return Ok(());
+    }
+    let share = host.work().join("share");
+    fs::create_dir(&share)?;
+    let volume = format!("{}:/share", share.display());
+    let count = "i=0; while :; do i=$((i+1)); echo $i; echo $i >>/share/lines; sleep 0.05; done";
+    host.bulkhead(["run", "-d", "--name", "counter", "-v", &volume, "busybox", "sh", "-c", count])?.ok()?;
+    let mut cat = host
+        .bulkhead_program(["run", "--rm", "-i", "--name", "cat", "busybox", "cat"])
+        .open_stdin()
+        .spawn()?;
+    cat.send("before\n")?;
+    cat.wait_for("before", PATIENCE)?;
+    let saved = host.work().join("saved").display().to_string();
+    let stubborn = "trap '' TERM; sleep 1000";
+    host.bulkhead(["run", "-d", "--name", "stubborn", "busybox", "sh", "-c", stubborn])?.ok()?;
+    // In the middle of each of them.
+    for words in [
+        &["run", "--rm", "busybox", "true"][..],
+        &["run", "--rm", "--no-template", "busybox", "true"],
+        &["exec", "counter", "sleep", "0.1"],
+        &["snapshot", "counter", &saved],
+        &["stop", "-t", "1", "stubborn"],
+    ] {
+        let verb = host.bulkhead_program(words.iter().copied()).spawn()?;
+        std::thread::sleep(Duration::from_millis(25));
+        sleep_and_wake()?;
+        verb.wait()?.ok()?;
+        let says = number(&host.bulkhead(["exec", "counter", "date", "+%s"])?.ok()?.stdout())?;
+        ensure!((says - now()?).abs() <= 1, "after {words:?} the guest's clock is {} s off", says - now()?);
+    }
+    cat.send("after\n")?;
+    cat.wait_for("after", PATIENCE)?;
+    cat.close_stdin();
+    cat.wait()?.ok()?.stdout_is("before\nafter\n")?;
+    host.bulkhead(["stop", "-t", "0", "counter"])?.ok()?;
+    let lines = host.bulkhead(["logs", "counter"])?.ok()?.stdout();
+    for text in [lines, fs::read_to_string(share.join("lines"))?] {
+        let numbers: Vec<i64> = text.lines().map(number).collect::<Result<_>>()?;
+        ensure!(numbers.len() > 20 && numbers.iter().zip(1..).all(|(is, to_be)| *is == to_be), "{text}");
+    }
+    host.bulkhead(["rm", "counter", "stubborn"])?.ok()?;
+    Ok(fs::remove_dir_all(saved)?)
 }
