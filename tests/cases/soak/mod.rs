@@ -246,7 +246,7 @@ impl<'h> Soak<'h> {
     /// A name that no other has had.
     fn new_name(&mut self, kind: &str) -> String {
         self.names += 1;
-        format!("{kind}{}", self.names)
+        format!("{kind}-{}", self.names)
     }
 
     fn new_share(&mut self) -> Result<PathBuf> {
