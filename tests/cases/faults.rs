@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use bulkhead_tests::host::Host;
+use bulkhead_tests::leak::parent;
 use bulkhead_tests::process::{Finished, Program, Running};
 use bulkhead_tests::test;
 use rustix::process::{Pid, Signal, kill_process};
@@ -445,13 +446,6 @@ pub fn rss_kib(pid: u64) -> Result<u64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
     Ok(line.trim_end_matches("kB").trim().parse()?)
-}
-
-/// The parent of a process that lives.
-fn parent(pid: i32) -> Option<i32> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
-    if fields.next()? == "Z" { None } else { fields.next()?.parse().ok() }
 }
 
 fn has(bytes: &[u8], word: &[u8]) -> bool {

@@ -68,7 +68,7 @@ fn without_descriptors_it_is_said_and_nothing_is_left(host: &Host) -> Result<()>
             host.is_as(&before, &format!("{line} with {limit} descriptors"), PATIENCE)?;
         }
         println!("| {line} | {fails} | {works} |");
-        ensure!((1..=96).contains(&works), "{line} does not work with 64 descriptors");
+        ensure!((1..=96).contains(&works), "{line} does not work with 96 descriptors");
     }
     host.bulkhead(["exec", "well", "echo", "well"])?.ok()?.stdout_is("well\n")?;
     host.bulkhead(["rm", "-f", "well"])?.ok().map(drop)

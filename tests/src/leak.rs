@@ -162,13 +162,7 @@ pub fn descendants() -> Vec<Descendant> {
 pub fn descendants_of(root: u32) -> Vec<Descendant> {
     let mut parents = Vec::new();
     for pid in names("/proc").iter().filter_map(|name| name.parse::<i32>().ok()) {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        // "pid (name) state ppid …", and a name may hold anything.
-        let mut fields = stat.rsplit_once(')').map(|(_, rest)| rest.split_whitespace()).into_iter().flatten();
-        if let (Some(state), Some(parent)) =
-            (fields.next(), fields.next().and_then(|parent| parent.parse::<i32>().ok()))
-            && state != "Z"
-        {
+        if let Some(parent) = parent(pid) {
             parents.push((pid, parent));
         }
     }
@@ -183,6 +177,14 @@ pub fn descendants_of(root: u32) -> Vec<Descendant> {
         .skip(1)
         .map(|&pid| Descendant { pid, command: command_of(pid), waits_in: waits_in(pid) })
         .collect()
+}
+
+/// The parent of a process that lives; one that is a zombie does not.
+pub fn parent(pid: i32) -> Option<i32> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // "pid (name) state ppid …", and a name may hold anything.
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
+    if fields.next()? == "Z" { None } else { fields.next()?.parse().ok() }
 }
 
 fn command_of(pid: i32) -> String {

@@ -1,16 +1,14 @@
 //! Memory and disks of a snapshot that are compressed, or only differences.
 
-use std::cell::RefCell;
 use std::fs::{self, File};
 use std::io::Write as _;
 use std::os::unix::fs::FileExt as _;
 
-use tempfile::TempDir;
 use vmm::memory::{Backing, GuestMemory, create};
 use vmm::snapshot::disk::{Packer, Saved};
 use vmm::snapshot::{Extent, frame, memory};
 
-use super::snapshot::wrap;
+use super::snapshot::{with_place, wrap};
 use crate::bytes::{Bytes, Script};
 use crate::{Seed, Target, seed};
 
@@ -41,20 +39,6 @@ pub const PACKED_DISK: Target = Target {
 const IDENTITY: [u8; 16] = [7; 16];
 /// Longest disk that is made of one.
 const MAX_DISK: u64 = 4 << 20;
-
-thread_local! {
-    static PLACE: RefCell<Option<TempDir>> = const { RefCell::new(None) };
-}
-
-/// Calls `act` with a directory that is empty.
-fn with_place(act: impl FnOnce(&std::path::Path)) {
-    PLACE.with_borrow_mut(|place| {
-        let place = place.get_or_insert_with(|| {
-            tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).expect("a directory")
-        });
-        act(place.path());
-    });
-}
 
 fn memory_frames(data: &[u8]) {
     let mut rest = data;

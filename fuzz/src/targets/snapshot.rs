@@ -1,6 +1,7 @@
 //! Files of a snapshot. Their checksums are made right here, or nothing would get behind them.
 
 use std::cell::OnceCell;
+use std::path::Path;
 
 use tempfile::TempDir;
 use vmm::arch::state::VmState;
@@ -124,18 +125,24 @@ fn device_seeds() -> Vec<Seed> {
     NAMES.iter().zip(0..).map(|(name, kind)| seed(name, [vec![kind], encode(state(kind))].concat())).collect()
 }
 
-thread_local! {
-    static PLACE: OnceCell<TempDir> = const { OnceCell::new() };
-}
-
-fn working_set_of(data: &[u8]) {
+/// Calls `act` with a directory in memory, the same one each time.
+pub(super) fn with_place(act: impl FnOnce(&Path)) {
+    thread_local! {
+        static PLACE: OnceCell<TempDir> = const { OnceCell::new() };
+    }
     PLACE.with(|place| {
         let place = place.get_or_init(|| {
             tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).expect("a directory")
         });
-        std::fs::write(place.path().join(NAME), wrap(data)).expect("a file");
+        act(place.path());
+    });
+}
+
+fn working_set_of(data: &[u8]) {
+    with_place(|place| {
+        std::fs::write(place.join(NAME), wrap(data)).expect("a file");
         let of = snapshot(Vec::new());
-        let extents = working_set::read(place.path(), &of);
+        let extents = working_set::read(place, &of);
         let bytes: u64 = extents.iter().map(|extent| extent.length).sum();
         assert!(bytes <= working_set::MAX_BYTES, "a hint of {bytes} bytes");
         assert!(memory::check_extents(of.memory_bytes, &extents).is_ok());
