@@ -4,6 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use bulkhead_protocol::agent::{ContainerRequest, Empty, SignalProcessRequest, UpdateContainerRequest};
+use bulkhead_protocol::client::CallError;
 use bulkhead_runtime::options::parse_signal;
 use bulkhead_runtime::{Context as _, Error, Result, network};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -170,10 +171,22 @@ pub fn pause(context: &Context, id: &str, pause: bool) -> Result<()> {
     };
     let mut container = in_state(context, id, &[from], verb)?;
     let request = ContainerRequest { container: container.in_guest() };
-    let _: Empty =
-        agent(&container)?.call(method, &request).context(|| format!("cannot {verb} container {id}"))?;
-    container.status = to;
-    context.root.save(&container)
+    let mut agent = agent(&container)?;
+    // Paused for longer than it is, rather than for less: whoever is killed here leaves what `resume` mends, not a container
+    // that is said to run and answers nobody.
+    container.status = Status::Paused;
+    context.root.save(&container)?;
+    let done: Result<Empty, CallError> = agent.call(method, &request);
+    container.status = match &done {
+        Ok(_) => to,
+        // Whether it has come to that nobody knows.
+        Err(CallError::Io { .. }) => Status::Paused,
+        Err(_) => from,
+    };
+    if container.status != Status::Paused {
+        context.root.save(&container)?;
+    }
+    done.map(drop).context(|| format!("cannot {verb} container {id}"))
 }
 
 /// Changes a container's limits.
