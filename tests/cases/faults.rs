@@ -45,18 +45,18 @@ use Victim::{All, Caller, FileServer, Monitor, Passt, Supervisor};
 /// A verb. The lines are of shell; `$W` is a directory of the test's.
 pub struct Row {
     pub verb: &'static str,
-    /// Options of the container `cc` that is there before; "none": there is none.
+    /// Options of the container `box` that is there before; "none": there is none.
     pub container: &'static str,
     /// Before each time.
     pub prepare: &'static str,
     pub line: &'static str,
     pub victims: &'static [Victim],
-    /// After each time, besides the removal of `cc`.
+    /// After each time, besides the removal of `box`.
     pub undo: &'static str,
 }
 
 const NONE: &str = "none";
-/// Of a verb that makes `cc`.
+/// Of a verb that makes `box`.
 pub const ROW: Row = Row {
     verb: "run",
     container: NONE,
@@ -65,40 +65,40 @@ pub const ROW: Row = Row {
     victims: &[Caller, Supervisor, Monitor],
     undo: "",
 };
-/// Of a verb about a `cc` that is there.
+/// Of a verb about a `box` that is there.
 pub const ON_C: Row = Row { container: "", ..ROW };
 
 /// Verbs that make a container.
 const MAKERS: &[Row] = &[
     Row {
-        line: "bulkhead run --name cc busybox echo hi",
+        line: "bulkhead run --name box busybox echo hi",
         victims: &[Caller, Supervisor, Monitor, All],
         ..ROW
     },
-    Row { verb: "run --rm", line: "bulkhead run --rm --name cc busybox echo hi", ..ROW },
+    Row { verb: "run --rm", line: "bulkhead run --rm --name box busybox echo hi", ..ROW },
     Row {
         verb: "run -d",
-        line: "bulkhead run -d --name cc busybox sleep 1000",
+        line: "bulkhead run -d --name box busybox sleep 1000",
         victims: &[Supervisor, All],
         ..ROW
     },
     Row {
         verb: "run -v",
         prepare: "mkdir -p $W/share",
-        line: "bulkhead run -d --name cc -v $W/share:/share busybox sleep 1000",
+        line: "bulkhead run -d --name box -v $W/share:/share busybox sleep 1000",
         victims: &[Supervisor, Monitor, FileServer],
         ..ROW
     },
     Row {
         verb: "run --network passt",
-        line: "bulkhead run -d --name cc --network passt busybox sleep 1000",
+        line: "bulkhead run -d --name box --network passt busybox sleep 1000",
         victims: &[Supervisor, Monitor, Passt],
         ..ROW
     },
     Row {
         verb: "run, which makes a template",
         prepare: "rm -rf /var/lib/bulkhead/templates/*",
-        line: "bulkhead run -d --name cc busybox sleep 1000",
+        line: "bulkhead run -d --name box busybox sleep 1000",
         victims: &[Caller, Monitor, All],
         // What is half-made goes when the next is made.
         undo: "bulkhead run --rm busybox true",
@@ -123,19 +123,25 @@ const MAKERS: &[Row] = &[
 
 /// Verbs on a container that runs.
 const ACTS: &[Row] = &[
-    Row { verb: "exec", line: "bulkhead exec cc echo hi", ..ON_C },
-    Row { verb: "cp to it", line: "bulkhead cp /usr/bin/busybox cc:/tmp/b", ..ON_C },
-    Row { verb: "cp from it", line: "bulkhead cp cc:/bin/busybox $W/b", undo: "rm -f $W/b", ..ON_C },
-    Row { verb: "logs", line: "bulkhead logs cc", victims: &[Caller], ..ON_C },
-    Row { verb: "top, stats", line: "bulkhead top cc && bulkhead stats cc", victims: &[Monitor], ..ON_C },
-    Row { verb: "wait", line: "bulkhead kill cc >/dev/null; bulkhead wait cc", ..ON_C },
-    Row { verb: "kill", line: "bulkhead kill cc", ..ON_C },
-    Row { verb: "stop", line: "bulkhead stop -t 1 cc", ..ON_C },
-    Row { verb: "rm -f", line: "bulkhead rm -f cc", ..ON_C },
-    Row { verb: "rm", prepare: "bulkhead stop -t 0 cc", line: "bulkhead rm cc", victims: &[Caller], ..ON_C },
+    Row { verb: "exec", line: "bulkhead exec box echo hi", ..ON_C },
+    Row { verb: "cp to it", line: "bulkhead cp /usr/bin/busybox box:/tmp/b", ..ON_C },
+    Row { verb: "cp from it", line: "bulkhead cp box:/bin/busybox $W/b", undo: "rm -f $W/b", ..ON_C },
+    Row { verb: "logs", line: "bulkhead logs box", victims: &[Caller], ..ON_C },
+    Row { verb: "top, stats", line: "bulkhead top box && bulkhead stats box", victims: &[Monitor], ..ON_C },
+    Row { verb: "wait", line: "bulkhead kill box >/dev/null; bulkhead wait box", ..ON_C },
+    Row { verb: "kill", line: "bulkhead kill box", ..ON_C },
+    Row { verb: "stop", line: "bulkhead stop -t 1 box", ..ON_C },
+    Row { verb: "rm -f", line: "bulkhead rm -f box", ..ON_C },
+    Row {
+        verb: "rm",
+        prepare: "bulkhead stop -t 0 box",
+        line: "bulkhead rm box",
+        victims: &[Caller],
+        ..ON_C
+    },
     Row {
         verb: "snapshot",
-        line: "bulkhead snapshot cc $W/saved",
+        line: "bulkhead snapshot box $W/saved",
         undo: "rm -rf $W/saved $W/.saved*",
         ..ON_C
     },
@@ -143,15 +149,15 @@ const ACTS: &[Row] = &[
         verb: "restore",
         container: NONE,
         prepare: "[ -e $W/origin ] || { bulkhead run -d --name oo busybox sleep 1000 && bulkhead snapshot oo $W/origin && bulkhead rm -f oo; }",
-        line: "bulkhead restore -d --name cc $W/origin",
+        line: "bulkhead restore -d --name box $W/origin",
         victims: &[Supervisor, Monitor],
         ..ROW
     },
     Row {
         verb: "fork",
-        line: "bulkhead fork --name dd cc",
+        line: "bulkhead fork --name twin box",
         victims: &[Caller, Supervisor, All],
-        undo: "bulkhead rm -f dd; bulkhead ps -aq >/dev/null",
+        undo: "bulkhead rm -f twin; bulkhead ps -aq >/dev/null",
         ..ON_C
     },
     Row {
@@ -361,7 +367,7 @@ impl<'h> Table<'h> {
         if row.container != NONE {
             let line = match self.kind {
                 Kind::Cli => format!(
-                    "bulkhead run -d --name cc {} busybox sh -c 'trap exit TERM; echo up; while :; do sleep 0.1; done'",
+                    "bulkhead run -d --name box {} busybox sh -c 'trap exit TERM; echo up; while :; do sleep 0.1; done'",
                     row.container
                 ),
                 Kind::Oci => row.container.to_owned(),
@@ -382,8 +388,8 @@ impl<'h> Table<'h> {
     fn clear(&self, row: &Row) -> Result<()> {
         let remove = match self.kind {
             // Why a template could not be made is kept until one is made: somebody was killed.
-            Kind::Cli => "rm -f /var/lib/bulkhead/templates/failure; bulkhead rm -f cc >/dev/null",
-            Kind::Oci => "bulkhead-oci --root $W/oci delete -f cc",
+            Kind::Cli => "rm -f /var/lib/bulkhead/templates/failure; bulkhead rm -f box >/dev/null",
+            Kind::Oci => "bulkhead-oci --root $W/oci delete -f box",
         };
         let undo = if row.undo.is_empty() { "true" } else { row.undo };
         let finished = ends(self.shell(&format!("{remove} && {{ {undo}; }}"))?.spawn()?)?;

@@ -42,8 +42,8 @@ fn without_descriptors_it_is_said_and_nothing_is_left(host: &Host) -> Result<()>
     let before = host.look();
     println!("| verb | fails with as many descriptors as | works with |\n|---|---|---|");
     for line in [
-        "bulkhead run --rm --name cc busybox true",
-        "bulkhead run --rm --name cc --no-template -v $W/share:/share busybox true",
+        "bulkhead run --rm --name box busybox true",
+        "bulkhead run --rm --name box --no-template -v $W/share:/share busybox true",
         "bulkhead exec well true",
         "bulkhead ps -a",
     ] {
@@ -96,13 +96,13 @@ fn without_memory_one_machine_ends_and_says_so(host: &Host) -> Result<()> {
     fs::write(group.join("memory.max"), (96 << 20).to_string())?;
     let hog = "dd if=/dev/zero of=/dev/shm/hog bs=1M count=400";
     let line = format!(
-        "echo $$ >/sys/fs/cgroup/small/cgroup.procs; exec bulkhead run --name cc --memory 800m --tmpfs /dev/shm busybox sh -c '{hog}'"
+        "echo $$ >/sys/fs/cgroup/small/cgroup.procs; exec bulkhead run --name box --memory 800m --tmpfs /dev/shm busybox sh -c '{hog}'"
     );
     let finished = shell(host, &line)?;
     println!("{}", finished.stderr().lines().next().unwrap_or_default());
     finished.status_is(137)?.stderr_has("for want of memory")?;
-    host.bulkhead(["inspect", "cc"])?.ok()?.stdout_has("exited")?.stdout_has("for want of memory")?;
-    host.bulkhead(["rm", "cc"])?.ok()?;
+    host.bulkhead(["inspect", "box"])?.ok()?.stdout_has("exited")?.stdout_has("for want of memory")?;
+    host.bulkhead(["rm", "box"])?.ok()?;
     host.bulkhead(["exec", "well", "echo", "well"])?.ok()?.stdout_is("well\n")?;
     host.eventually("the group to be empty", PATIENCE, || Ok(fs::remove_dir(&group).is_ok()))?;
     host.is_as(&before, "a machine without memory", PATIENCE)?;
@@ -175,23 +175,23 @@ fn a_disk_that_fails_fails_its_containers_and_can_be_left(host: &Host) -> Result
     let disk = Disk::make(host)?;
     let at = |words: &str| shell(host, &format!("exec bulkhead --root $W/disk/b {words}"));
     at(&format!("image load -q {}", host.image("busybox").display()))?.ok()?;
-    at("run -d --name cc busybox sleep 100000")?.ok()?;
-    at("exec cc sh -c 'echo kept >/file; sync'")?.ok()?;
+    at("run -d --name box busybox sleep 100000")?.ok()?;
+    at("exec box sh -c 'echo kept >/file; sync'")?.ok()?;
     fs::write("/proc/sys/vm/drop_caches", "3")?;
     disk.becomes("error")?;
     let write = "dd if=/dev/zero of=/big bs=1M count=8 conv=fsync";
-    let wrote = at(&format!("exec cc {write}"))?;
+    let wrote = at(&format!("exec box {write}"))?;
     println!("exec: {}", wrote.stderr().lines().next().unwrap_or_default());
     wrote.failed()?;
-    for verb in ["ps -a", "inspect cc", "run --rm busybox true", "image ls"] {
+    for verb in ["ps -a", "inspect box", "run --rm busybox true", "image ls"] {
         let finished = at(verb)?;
         println!("{verb}: {}, {}", finished.status, finished.stderr().trim_end());
         ensure!(finished.status != 101 && finished.took < Duration::from_secs(30), "{finished}");
         ensure!(finished.status == 0 || !finished.stderr().trim().is_empty(), "{finished}");
     }
     // Its machine can be ended, whatever becomes of its files.
-    let ended = at("rm -f cc")?;
-    println!("rm -f cc: {}, {}", ended.status, ended.stderr().trim_end());
+    let ended = at("rm -f box")?;
+    println!("rm -f box: {}, {}", ended.status, ended.stderr().trim_end());
     host.eventually("the machine to end", PATIENCE, || {
         Ok(host.run(["pgrep", "-x", "bulkhead-vmm"])?.status == 1)
     })?;
@@ -199,7 +199,7 @@ fn a_disk_that_fails_fails_its_containers_and_can_be_left(host: &Host) -> Result
     disk.becomes("linear /dev/loop7 0")?;
     shell(host, "umount $W/disk && mount /dev/mapper/faulty $W/disk")?.ok()?;
     at("ps -a")?.ok()?;
-    at("rm -f cc")?.ok()?;
+    at("rm -f box")?.ok()?;
     at("run --rm busybox true")?.ok()?;
     disk.unmount()?;
     host.is_as(&before, "a disk that failed", PATIENCE)

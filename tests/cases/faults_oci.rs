@@ -10,17 +10,17 @@ use crate::faults::Victim::{All, Caller, Monitor, StandIn, Supervisor};
 use crate::faults::{FEW, Kind, LONG, MANY, ON_C, ROW, Row, Table};
 use crate::oci::Bundle;
 
-/// Makes a container `cc` that waits for its start; its streams are files, as an engine's would be.
+/// Makes a container `box` that waits for its start; its streams are files, as an engine's would be.
 const CREATE: &str =
-    "bulkhead-oci --root $W/oci create --bundle $W/bulkhead-oci cc >$W/out 2>$W/err </dev/null";
-const UP: &str = "bulkhead-oci --root $W/oci run -d --bundle $W/bulkhead-oci cc >$W/out 2>$W/err </dev/null";
+    "bulkhead-oci --root $W/oci create --bundle $W/bulkhead-oci box >$W/out 2>$W/err </dev/null";
+const UP: &str = "bulkhead-oci --root $W/oci run -d --bundle $W/bulkhead-oci box >$W/out 2>$W/err </dev/null";
 
 const ROWS: &[Row] = &[
     Row { verb: "create", line: CREATE, victims: &[Caller, Supervisor, StandIn, Monitor, All], ..ROW },
     Row {
         verb: "start",
         container: CREATE,
-        line: "bulkhead-oci --root $W/oci start cc",
+        line: "bulkhead-oci --root $W/oci start box",
         victims: &[Caller, Supervisor, StandIn, Monitor],
         ..ON_C
     },
@@ -28,51 +28,51 @@ const ROWS: &[Row] = &[
     Row {
         verb: "exec",
         container: UP,
-        line: "bulkhead-oci --root $W/oci exec cc true",
+        line: "bulkhead-oci --root $W/oci exec box true",
         victims: &[Caller, StandIn, Monitor],
         ..ON_C
     },
     Row {
         verb: "kill",
         container: UP,
-        line: "bulkhead-oci --root $W/oci kill cc KILL",
+        line: "bulkhead-oci --root $W/oci kill box KILL",
         victims: &[Caller, Supervisor, Monitor],
         ..ON_C
     },
     Row {
         verb: "pause, resume",
         container: UP,
-        line: "bulkhead-oci --root $W/oci pause cc && bulkhead-oci --root $W/oci resume cc",
+        line: "bulkhead-oci --root $W/oci pause box && bulkhead-oci --root $W/oci resume box",
         victims: &[Caller, Monitor],
         ..ON_C
     },
     Row {
         verb: "update",
         container: UP,
-        line: "bulkhead-oci --root $W/oci update --pids-limit 100 cc",
+        line: "bulkhead-oci --root $W/oci update --pids-limit 100 box",
         victims: &[Caller, Monitor],
         ..ON_C
     },
     Row {
         verb: "delete -f",
         container: UP,
-        line: "bulkhead-oci --root $W/oci delete -f cc",
+        line: "bulkhead-oci --root $W/oci delete -f box",
         victims: &[Caller, Supervisor, Monitor],
         ..ON_C
     },
     Row {
         verb: "checkpoint",
         container: UP,
-        line: "bulkhead-oci --root $W/oci checkpoint --image-path $W/image cc",
+        line: "bulkhead-oci --root $W/oci checkpoint --image-path $W/image box",
         victims: &[Caller, Supervisor, Monitor],
         undo: "rm -rf $W/image $W/.image*",
         ..ON_C
     },
     Row {
         verb: "restore",
-        prepare: "[ -e $W/kept ] || { bulkhead-oci --root $W/oci run -d --bundle $W/bulkhead-oci cc >$W/out 2>$W/err </dev/null && \
-            bulkhead-oci --root $W/oci checkpoint --image-path $W/kept cc && bulkhead-oci --root $W/oci delete -f cc; }",
-        line: "bulkhead-oci --root $W/oci restore -d --bundle $W/bulkhead-oci --image-path $W/kept cc >$W/out 2>$W/err </dev/null",
+        prepare: "[ -e $W/kept ] || { bulkhead-oci --root $W/oci run -d --bundle $W/bulkhead-oci box >$W/out 2>$W/err </dev/null && \
+            bulkhead-oci --root $W/oci checkpoint --image-path $W/kept box && bulkhead-oci --root $W/oci delete -f box; }",
+        line: "bulkhead-oci --root $W/oci restore -d --bundle $W/bulkhead-oci --image-path $W/kept box >$W/out 2>$W/err </dev/null",
         victims: &[Supervisor, StandIn, Monitor],
         ..ROW
     },

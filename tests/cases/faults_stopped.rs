@@ -73,25 +73,25 @@ fn a_monitor_that_stands_still_holds_up_nobody(host: &Host) -> Result<()> {
     };
     let file = host.file("some", "thing")?.display().to_string();
     let saved = host.work().join("saved").display().to_string();
-    counter(host, "cc", &[])?;
-    let [_, monitor] = processes(host, "cc")?;
-    let mut attached = host.bulkhead_program(["exec", "cc", "sh", "-c", "sleep 1; echo slept"]).spawn()?;
+    counter(host, "box", &[])?;
+    let [_, monitor] = processes(host, "box")?;
+    let mut attached = host.bulkhead_program(["exec", "box", "sh", "-c", "sleep 1; echo slept"]).spawn()?;
     std::thread::sleep(Duration::from_millis(300));
     send(monitor, Signal::STOP)?;
-    let said = counts_on(host, "cc", 0)?;
+    let said = counts_on(host, "box", 0)?;
     within(host, AT_ONCE, &["ps", "-a"])?.ok()?.stdout_has("running")?;
-    within(host, AT_ONCE, &["inspect", "cc"])?.ok()?.stdout_has("running")?;
-    within(host, AT_ONCE, &["logs", "cc"])?.ok()?;
+    within(host, AT_ONCE, &["inspect", "box"])?.ok()?.stdout_has("running")?;
+    within(host, AT_ONCE, &["logs", "box"])?.ok()?;
     // At once, since each waits.
     let waits = [
-        (&["exec", "cc", "true"][..], "stands still"),
-        (&["cp", &file, "cc:/tmp"], "stands still"),
-        (&["cp", "cc:/etc/passwd", &saved], "stands still"),
-        (&["top", "cc"], "stands still"),
-        (&["stats", "cc"], "stands still"),
-        (&["kill", "-s", "TERM", "cc"], "stands still"),
-        (&["snapshot", "cc", &saved], "does not answer"),
-        (&["fork", "--name", "dd", "cc"], "does not answer"),
+        (&["exec", "box", "true"][..], "stands still"),
+        (&["cp", &file, "box:/tmp"], "stands still"),
+        (&["cp", "box:/etc/passwd", &saved], "stands still"),
+        (&["top", "box"], "stands still"),
+        (&["stats", "box"], "stands still"),
+        (&["kill", "-s", "TERM", "box"], "stands still"),
+        (&["snapshot", "box", &saved], "does not answer"),
+        (&["fork", "--name", "twin", "box"], "does not answer"),
     ];
     let spawn = |words: &[&str]| host.bulkhead_program(words.iter().copied()).spawn();
     let running = waits.iter().map(|(words, _)| spawn(words)).collect::<Result<Vec<_>>>()?;
@@ -106,23 +106,23 @@ fn a_monitor_that_stands_still_holds_up_nobody(host: &Host) -> Result<()> {
     ensure!(!attached.ended()?, "exec has ended while its machine stood still");
     send(monitor, Signal::CONT)?;
     ends(attached)?.ok()?.stdout_is("slept\n")?;
-    counts_on(host, "cc", said)?;
-    within(host, AT_ONCE, &["exec", "cc", "true"])?.ok()?;
+    counts_on(host, "box", said)?;
+    within(host, AT_ONCE, &["exec", "box", "true"])?.ok()?;
 
     // Whoever is to end ends.
     for (verb, status) in
-        [(&["stop", "-t", "1", "cc"][..], "137"), (&["kill", "cc"], "137"), (&["rm", "-f", "cc"], "")]
+        [(&["stop", "-t", "1", "box"][..], "137"), (&["kill", "box"], "137"), (&["rm", "-f", "box"], "")]
     {
-        let [_, monitor] = processes(host, "cc")?;
+        let [_, monitor] = processes(host, "box")?;
         send(monitor, Signal::STOP)?;
         within(host, IN_TIME, verb)?.ok()?;
         if !status.is_empty() {
             host.eventually("its end", PATIENCE, || {
-                Ok(host.bulkhead(["inspect", "cc"])?.ok()?.stdout().contains("exited"))
+                Ok(host.bulkhead(["inspect", "box"])?.ok()?.stdout().contains("exited"))
             })?;
-            host.bulkhead(["wait", "cc"])?.ok()?.stdout_is(&format!("{status}\n"))?;
-            host.bulkhead(["rm", "cc"])?.ok()?;
-            host.bulkhead(["run", "-d", "--name", "cc", "busybox", "sleep", "1000"])?.ok()?;
+            host.bulkhead(["wait", "box"])?.ok()?.stdout_is(&format!("{status}\n"))?;
+            host.bulkhead(["rm", "box"])?.ok()?;
+            host.bulkhead(["run", "-d", "--name", "box", "busybox", "sleep", "1000"])?.ok()?;
         }
     }
     host.is_as(&before, "a stopped monitor", PATIENCE)?;
@@ -137,29 +137,29 @@ fn a_supervisor_that_stands_still_holds_up_nobody(host: &Host) -> Result<()> {
     fs::create_dir(&share)?;
     let volume = format!("{}:/share", share.display());
     let options = ["-v", &volume, "--network", "passt"];
-    counter(host, "cc", &options)?;
-    host.bulkhead(["rm", "-f", "cc"])?.ok()?;
+    counter(host, "box", &options)?;
+    host.bulkhead(["rm", "-f", "box"])?.ok()?;
     std::thread::sleep(Duration::from_secs(1));
     let before = host.look();
-    counter(host, "cc", &options)?;
-    let [supervisor, _] = processes(host, "cc")?;
+    counter(host, "box", &options)?;
+    let [supervisor, _] = processes(host, "box")?;
     send(supervisor, Signal::STOP)?;
     within(host, AT_ONCE, &["ps", "-a"])?.ok()?.stdout_has("running")?;
-    within(host, AT_ONCE, &["exec", "cc", "true"])?.ok()?;
-    within(host, AT_ONCE, &["kill", "-s", "CONT", "cc"])?.ok()?;
+    within(host, AT_ONCE, &["exec", "box", "true"])?.ok()?;
+    within(host, AT_ONCE, &["kill", "-s", "CONT", "box"])?.ok()?;
     // What the container says waits for it, and is not lost.
     host.run(["sleep", "5"])?.ok()?;
     send(supervisor, Signal::CONT)?;
-    counts_on(host, "cc", 25)?;
-    for verb in [&["stop", "-t", "1", "cc"][..], &["rm", "-f", "cc"]] {
-        let [supervisor, _] = processes(host, "cc")?;
+    counts_on(host, "box", 25)?;
+    for verb in [&["stop", "-t", "1", "box"][..], &["rm", "-f", "box"]] {
+        let [supervisor, _] = processes(host, "box")?;
         send(supervisor, Signal::STOP)?;
         within(host, IN_TIME, verb)?.ok()?;
         if verb[0] == "stop" {
             host.bulkhead(["ps", "-a"])?.ok()?.stdout_has("exited (137)")?;
-            host.bulkhead(["rm", "cc"])?.ok()?;
+            host.bulkhead(["rm", "box"])?.ok()?;
             host.is_as(&before, "a stopped supervisor", PATIENCE)?;
-            counter(host, "cc", &options)?;
+            counter(host, "box", &options)?;
         }
     }
     host.is_as(&before, "a stopped supervisor", PATIENCE)
@@ -172,7 +172,7 @@ fn a_file_server_that_stands_still_holds_up_its_files_alone(host: &Host) -> Resu
     fs::create_dir(&share)?;
     let volume = format!("{}:/share", share.display());
     let writer = "i=0; while :; do i=$((i+1)); echo $i >>/share/log; sleep 0.1; done";
-    let run = ["run", "-d", "--name", "cc", "-v", &volume, "busybox", "sh", "-c", writer];
+    let run = ["run", "-d", "--name", "box", "-v", &volume, "busybox", "sh", "-c", writer];
     let servers = || -> Result<Vec<u64>> {
         let pids = host.run(["pgrep", "-f", "virtiofsd"])?.ok()?.stdout();
         pids.lines().map(|pid| Ok(pid.parse()?)).collect()
@@ -185,7 +185,7 @@ fn a_file_server_that_stands_still_holds_up_its_files_alone(host: &Host) -> Resu
         }
         Ok(text.lines().count().try_into()?)
     };
-    for end in [&["rm", "-f", "cc"][..], &["stop", "-t", "1", "cc"], &["kill", "cc"]] {
+    for end in [&["rm", "-f", "box"][..], &["stop", "-t", "1", "box"], &["kill", "box"]] {
         let _ = fs::remove_file(share.join("log"));
         host.bulkhead(run)?.ok()?;
         host.eventually("it to write", PATIENCE, || Ok(written()? > 3))?;
@@ -194,15 +194,15 @@ fn a_file_server_that_stands_still_holds_up_its_files_alone(host: &Host) -> Resu
         host.run(["sleep", "5"])?.ok()?;
         ensure!(written()? == before, "the file grew under a stopped server");
         within(host, AT_ONCE, &["ps", "-a"])?.ok()?.stdout_has("running")?;
-        within(host, AT_ONCE, &["exec", "cc", "echo", "well"])?.ok()?.stdout_is("well\n")?;
-        let reader = host.bulkhead_program(["exec", "cc", "cat", "/share/log"]).spawn()?;
+        within(host, AT_ONCE, &["exec", "box", "echo", "well"])?.ok()?.stdout_is("well\n")?;
+        let reader = host.bulkhead_program(["exec", "box", "cat", "/share/log"]).spawn()?;
         std::thread::sleep(Duration::from_millis(500));
         all(Signal::CONT)?;
         // Who waited has its answer, and nothing is missing.
         ends(reader)?.ok()?.stdout_has("1\n2\n3\n")?;
         host.eventually("it to write on", PATIENCE, || Ok(written()? > before + 3))?;
         all(Signal::STOP)?;
-        let stuck = host.bulkhead_program(["exec", "cc", "cat", "/share/log"]).spawn()?;
+        let stuck = host.bulkhead_program(["exec", "box", "cat", "/share/log"]).spawn()?;
         std::thread::sleep(Duration::from_millis(500));
         within(host, IN_TIME, end)?.ok()?;
         if end[0] == "kill" {
@@ -210,7 +210,7 @@ fn a_file_server_that_stands_still_holds_up_its_files_alone(host: &Host) -> Resu
             all(Signal::CONT)?;
         }
         ends(stuck)?;
-        host.bulkhead(["rm", "-f", "cc"])?.ok()?;
+        host.bulkhead(["rm", "-f", "box"])?.ok()?;
         host.eventually("the servers to go", PATIENCE, || Ok(servers().is_err()))?;
     }
     Ok(())
@@ -230,18 +230,18 @@ fn an_engine_is_held_up_by_nobody_who_stands_still(host: &Host) -> Result<()> {
     let images = host.work().join("images").display().to_string();
     for victim in ["bulkhead-vmm", "bulkhead-oci"] {
         println!("| verb, with {victim} stopped | status | took |\n|---|---|---|");
-        for end in [&["kill", "cc", "KILL"][..], &["delete", "-f", "cc"]] {
-            bundle.apart(&["run", "-d", "cc"])?;
+        for end in [&["kill", "box", "KILL"][..], &["delete", "-f", "box"]] {
+            bundle.apart(&["run", "-d", "box"])?;
             host.run(["killall", "-STOP", victim])?.ok()?;
-            bounded(&["state", "cc"])?.ok()?.stdout_has("running")?;
+            bounded(&["state", "box"])?.ok()?.stdout_has("running")?;
             bounded(&["list"])?.ok()?;
             if victim == "bulkhead-vmm" && end[0] == "kill" {
                 let waits = [
-                    (&["exec", "cc", "true"][..], "stands still"),
-                    (&["pause", "cc"], "stands still"),
-                    (&["update", "--pids-limit", "100", "cc"], "stands still"),
-                    (&["kill", "cc", "TERM"], "stands still"),
-                    (&["checkpoint", "--image-path", &images, "cc"], "does not answer"),
+                    (&["exec", "box", "true"][..], "stands still"),
+                    (&["pause", "box"], "stands still"),
+                    (&["update", "--pids-limit", "100", "box"], "stands still"),
+                    (&["kill", "box", "TERM"], "stands still"),
+                    (&["checkpoint", "--image-path", &images, "box"], "does not answer"),
                 ];
                 let spawn = |words: &[&str]| bundle.program(words).spawn();
                 let running = waits.iter().map(|(words, _)| spawn(words)).collect::<Result<Vec<_>>>()?;
@@ -252,7 +252,7 @@ fn an_engine_is_held_up_by_nobody_who_stands_still(host: &Host) -> Result<()> {
                 }
             }
             bounded(end)?.ok()?;
-            bounded(&["delete", "-f", "cc"])?.ok()?;
+            bounded(&["delete", "-f", "box"])?.ok()?;
             bundle.nothing_left()?;
         }
     }
@@ -262,30 +262,30 @@ fn an_engine_is_held_up_by_nobody_who_stands_still(host: &Host) -> Result<()> {
 test!(nobody_reads_and_all_else_goes_on, BUSYBOX.deadline(600).shows_output());
 fn nobody_reads_and_all_else_goes_on(host: &Host) -> Result<()> {
     const READERS: usize = 24;
-    host.bulkhead(["run", "-d", "--name", "cc", "busybox", "sleep", "100000"])?.ok()?;
-    let [supervisor, monitor] = processes(host, "cc")?;
+    host.bulkhead(["run", "-d", "--name", "box", "busybox", "sleep", "100000"])?.ok()?;
+    let [supervisor, monitor] = processes(host, "box")?;
     let sizes = || -> Result<[u64; 2]> { Ok([rss_kib(supervisor)?, rss_kib(monitor)?]) };
     let before = sizes()?;
     let mut stuck = Vec::new();
     for _ in 0..READERS {
         // The pipe is full soon, and then the stream, and then the guest's own pipe.
         stuck.push(
-            Program::new(["sh", "-c", "bulkhead exec cc yes 'a line that nobody reads' | sleep 1000"])
+            Program::new(["sh", "-c", "bulkhead exec box yes 'a line that nobody reads' | sleep 1000"])
                 .spawn()?,
         );
     }
     host.run(["sleep", "5"])?.ok()?;
     let start = Instant::now();
-    within(host, AT_ONCE, &["exec", "cc", "echo", "well"])?.ok()?.stdout_is("well\n")?;
-    within(host, AT_ONCE, &["top", "cc"])?.ok()?;
+    within(host, AT_ONCE, &["exec", "box", "echo", "well"])?.ok()?.stdout_is("well\n")?;
+    within(host, AT_ONCE, &["top", "box"])?.ok()?;
     let file = host.file("some", vec![b'x'; 1 << 20])?.display().to_string();
-    within(host, AT_ONCE, &["cp", &file, "cc:/tmp"])?.ok()?;
+    within(host, AT_ONCE, &["cp", &file, "box:/tmp"])?.ok()?;
     println!("beside {READERS} streams that nobody reads: {:.3} s", start.elapsed().as_secs_f64());
     let after = sizes()?;
     println!("supervisor and monitor, KiB: {before:?}, then {after:?}");
     // Guest pages among the monitor's: a few MiB for the processes and what was copied.
     ensure!(after[0] < before[0] + 4096 && after[1] < before[1] + 96 * 1024, "{before:?} {after:?}");
-    within(host, IN_TIME, &["rm", "-f", "cc"])?.ok()?;
+    within(host, IN_TIME, &["rm", "-f", "box"])?.ok()?;
     host.run(["killall", "sleep"])?.ok()?;
     for running in stuck {
         ends(running)?;
