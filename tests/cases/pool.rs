@@ -225,6 +225,14 @@ fn whoever_is_killed_no_container_is_lost_and_nothing_stays(host: &Host) -> Resu
         said.stdout_is("well\n")?;
         holds(host, 2)?;
     }
+    // All that wait are killed, and somebody wants one before anybody has noticed: that takes the host's kernel some time.
+    for moment in [0, 5, 10, 20, 40] {
+        host.run(["pkill", "-9", "-x", "bulkhead-vmm"])?.ok()?;
+        std::thread::sleep(Duration::from_millis(moment));
+        let (said, _) = traced(host, &[], "echo well")?;
+        said.stdout_is("well\n")?;
+        holds(host, 2)?;
+    }
     // More containers at once than machines.
     let mut running = Vec::new();
     for number in 0..4 {

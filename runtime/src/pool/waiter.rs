@@ -48,7 +48,7 @@ pub(super) fn run(layout: &Layout, wishes: &Wishes, goods: Goods, keeper: Wire) 
         let _ = heard.as_ref().map(|keeper| keeper.send(word));
     };
     let kind = goods.kind.clone();
-    let waiting = match warm(layout, wishes, goods, keeper) {
+    let mut waiting = match warm(layout, wishes, goods, keeper) {
         Ok(waiting) => waiting,
         Err(error) => {
             tell(&Word::Failed(error.chain().chars().take(MAX_REASON).collect()));
@@ -66,17 +66,17 @@ pub(super) fn run(layout: &Layout, wishes: &Wishes, goods: Goods, keeper: Wire) 
     };
     tell(&Word::Ready);
     // Who holds the waiting machine's end of the connection is the machine itself.
-    let taken = post.wait(&waiting, &kind);
+    let taken = post.wait(&mut waiting, &kind);
     drop(post);
     match taken {
         Some((caller, letter, ends, name)) => {
             tell(&Word::Taken);
             drop(heard);
-            let Letter { mut record, spec, hostname, trace, .. } = letter;
+            let Letter { mut record, spec, trace, .. } = letter;
             record.name = name;
             trace::go_on_with(trace);
             trace::mark("machine taken");
-            waiting.become_of(record, spec, hostname, ends, caller)
+            waiting.become_of(record, spec, ends, caller)
         }
         None => {
             waiting.abandon();
@@ -152,7 +152,7 @@ impl<'a> Post<'a> {
     }
 
     /// Until somebody takes the machine. `None`: it has ended, or the keeper has.
-    fn wait(&self, waiting: &Waiting, kind: &str) -> Option<(Wire, Letter, Ends, String)> {
+    fn wait(&self, waiting: &mut Waiting, kind: &str) -> Option<(Wire, Letter, Ends, String)> {
         loop {
             let mut fds = [
                 PollFd::new(waiting.caller(), PollFlags::IN),
@@ -174,7 +174,7 @@ impl<'a> Post<'a> {
     }
 
     /// Hears one that wants the machine. `None`: it is somebody else, or wants what cannot be.
-    fn give(&self, waiting: &Waiting, kind: &str) -> Option<(Wire, Letter, Ends, String)> {
+    fn give(&self, waiting: &mut Waiting, kind: &str) -> Option<(Wire, Letter, Ends, String)> {
         let caller = control::accept(&self.listener).ok()?;
         letter::impatient(&caller, true).ok()?;
         let (letter, fds) = letter::receive(&caller).ok()?;
@@ -190,8 +190,9 @@ impl<'a> Post<'a> {
         let ends = Ends { input, output, error, log: None, detach_keys: keys };
         let name = state::take_name(self.layout, letter.name.as_deref(), waiting.id());
         let name = name.inspect_err(refuse).ok()?;
-        if letter::impatient(&caller, false).is_err() || caller.send(&Tell::Taken).is_err() {
-            // Whoever wanted it has gone; nothing has been done to the machine.
+        let well = waiting.greet(&letter.hostname).is_ok();
+        if !well || letter::impatient(&caller, false).is_err() || caller.send(&Tell::Taken).is_err() {
+            // It has just been killed; or whoever wanted it has gone, and nothing of a container has been done to it.
             let _ = fs::remove_file(self.layout.names().join(name));
             return None;
         }

@@ -58,29 +58,37 @@ impl Waiting {
         &self.supervisor.plan.files
     }
 
+    /// Makes the guest that of a container, whose host name that is. A machine that has just been killed shows here: whoever wants one
+    /// can still have another.
+    ///
+    /// # Errors
+    /// As [`guest::configure`].
+    pub fn greet(&mut self, hostname: &str) -> Result<()> {
+        hostname.clone_into(&mut self.supervisor.plan.hostname);
+        self.supervisor.configure(&mut self.agent)
+    }
+
     /// Ends the machine.
     pub fn abandon(self) {
         drop(self.monitor);
         self.supervisor.leave_nothing();
     }
 
-    /// Runs the container to its end and puts everything away, as [`super::run`] does.
-    pub fn become_of(self, record: Record, spec: Value, hostname: String, ends: Ends, caller: Wire) -> u8 {
+    /// Runs the container to its end and puts everything away, as [`super::run`] does. After [`Self::greet`].
+    pub fn become_of(self, record: Record, spec: Value, ends: Ends, caller: Wire) -> u8 {
         let Self { mut supervisor, monitor, agent } = self;
         supervisor.waits = false;
         let Plan { record: known, .. } = &supervisor.plan;
         let supervisor_pid = std::process::id();
-        let record = Record { supervisor_pid, monitor_pid: known.monitor_pid, ..record };
+        let (monitor_pid, kernel) = (known.monitor_pid, known.kernel.clone());
+        let record = Record { supervisor_pid, monitor_pid, kernel, ..record };
         let plan = &mut supervisor.plan;
-        (plan.record, plan.spec, plan.hostname, plan.ends, plan.caller) =
-            (record, spec, hostname, ends, caller);
+        (plan.record, plan.spec, plan.ends, plan.caller) = (record, spec, ends, caller);
         let saved = plan.record.save(&plan.files);
         let filter = saved.and_then(|()| seccomp::filter(&plan.record.options));
         let outcome = filter.and_then(|filter| {
             supervisor.plan.seccomp = filter;
             supervisor.live_in(monitor, Ok(agent), |supervisor, agent, _| {
-                supervisor.configure(agent)?;
-                trace::mark("guest configured");
                 let relay = supervisor.start_container(agent)?;
                 trace::mark("container started");
                 Ok(relay)
