@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use vm_memory::{Bytes as _, FileOffset, GuestAddress};
+use vm_memory::{Bytes as _, GuestAddress};
 use vmm::bus::BusDevice;
 use vmm::devices::virtio::VirtioDevice;
 use vmm::devices::virtio::mmio::{MmioTransport, TransportState};
@@ -13,7 +13,6 @@ use vmm::memory::GuestMemory;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bytes::{Bytes, Script};
-use crate::targets::devices::memory_file;
 
 /// Bytes of memory from 0 on.
 pub const END: u64 = 1 << 20;
@@ -105,7 +104,6 @@ pub struct Guest {
     transport: MmioTransport,
     sizes: Vec<u16>,
     available: Vec<u16>,
-    remote: bool,
 }
 
 /// Plays `moves` on a device of `host`'s, and checks that it is as new after a reset.
@@ -125,10 +123,10 @@ pub fn play(host: &mut dyn Host, mut moves: Bytes<'_>) {
 impl Guest {
     /// One that has not found its device yet.
     pub fn new(device: Box<dyn VirtioDevice>) -> Self {
-        let (sizes, remote) = (device.queue_sizes().to_vec(), device.is_remote());
-        let memory = Arc::new(memory(remote));
+        let sizes = device.queue_sizes().to_vec();
+        let memory = Arc::new(memory());
         let transport = transport(device, &memory);
-        Self { memory, transport, available: vec![0; sizes.len()], sizes, remote }
+        Self { memory, transport, available: vec![0; sizes.len()], sizes }
     }
 
     fn play(&mut self, host: &mut dyn Host, input: &mut Bytes<'_>) {
@@ -243,12 +241,9 @@ impl Guest {
 
     /// What the event loop does: notified queues are worked off.
     fn turn(&self) {
-        if self.remote {
-            return;
-        }
         for _ in 0..TURNS {
             let mut idle = true;
-            for (kick, queue) in self.transport.local_kicks().iter().zip(0..) {
+            for (kick, queue) in self.transport.kicks().iter().zip(0..) {
                 if kick.read().is_ok() {
                     idle = false;
                     self.transport.queue_event(queue);
@@ -315,17 +310,10 @@ fn transport(device: Box<dyn VirtioDevice>, memory: &Arc<GuestMemory>) -> MmioTr
     MmioTransport::new(device, Arc::clone(memory), line).expect("out of descriptors")
 }
 
-/// Two ranges with a hole between them; of files, where they are shared with another process.
-fn memory(shared: bool) -> GuestMemory {
-    let range = |(start, length): (u64, u64)| {
-        let file = shared.then(|| {
-            let (file, _) = memory_file(&[]);
-            file.set_len(length).expect("out of memory");
-            FileOffset::new(file, 0)
-        });
-        (GuestAddress(start), length as usize, file)
-    };
-    GuestMemory::from_ranges_with_files([(0, END), (HIGH, HIGH_BYTES)].map(range)).expect("out of memory")
+/// Two ranges with a hole between them.
+fn memory() -> GuestMemory {
+    let ranges = [(0, END), (HIGH, HIGH_BYTES)].map(|(start, length)| (GuestAddress(start), length as usize));
+    GuestMemory::from_ranges(&ranges).expect("out of memory")
 }
 
 /// The state of a device that a driver has set up.

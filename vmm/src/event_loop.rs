@@ -91,7 +91,7 @@ struct DeviceEvents {
 impl MutEventSubscriber for DeviceEvents {
     fn init(&mut self, ops: &mut EventOps) {
         let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
-        for (kick, index) in self.transport.local_kicks().iter().zip(0..) {
+        for (kick, index) in self.transport.kicks().iter().zip(0..) {
             watch(ops, Events::with_data(kick, index, edge));
         }
         let room = if self.transport.waits_for_room() { EventSet::OUT } else { EventSet::empty() };

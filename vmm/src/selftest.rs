@@ -150,7 +150,7 @@ fn steps(features: &CpuId) -> Vec<Step> {
 
 fn try_guest(kvm: &Kvm) -> Result<Ending> {
     let vm = kvm.create_vm().map_err(Error::kvm("create a virtual machine"))?;
-    let memory = memory::create(MEMORY, memory::Backing::Private)?;
+    let memory = memory::create(MEMORY)?;
     memory::register(&vm, &memory)?;
     vm.set_identity_map_address(layout::KVM_IDENTITY_MAP).map_err(Error::kvm("place its identity map"))?;
     vm.set_tss_address(layout::KVM_TSS as usize).map_err(Error::kvm("place its task segment"))?;

@@ -483,7 +483,7 @@ fn damage_to_what_is_compressed_is_found() {
     child.wait().unwrap();
     let open = || vmm::snapshot::Opened::open(&saved);
     let memory = || {
-        let guest = vmm::memory::create(64 << 20, vmm::memory::Backing::Private).unwrap();
+        let guest = vmm::memory::create(64 << 20).unwrap();
         open().and_then(|opened| opened.fill(&guest))?;
         let mut bytes = vec![0; 64 << 20];
         guest.read_slice(&mut bytes, vm_memory::GuestAddress(0)).unwrap();

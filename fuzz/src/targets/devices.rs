@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
@@ -19,6 +20,8 @@ use vmm::exit::ExitRequest;
 
 use super::backend;
 use super::packets::Sockets;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
 use crate::bytes::{Bytes, Script};
 use crate::guest::{Host, WRITE, play};
 use crate::{Seed, Target, seed};
@@ -77,15 +80,42 @@ pub const CONSOLE: Target = Target {
         ]
     },
 };
-/// virtio-fs, as far as the monitor has a part in it.
+/// virtio-fs: the guest's queues, and those that virtiofsd sees.
 pub const FS: Target = Target {
     name: "fs",
-    surface: "virtio-fs registers and queue addresses, which the monitor passes on to virtiofsd",
+    surface: "virtio-fs queues, and what a virtiofsd that a guest has taken over writes into its own",
     run: |data| play(&mut Shared::default(), Bytes(data)),
     seeds: || {
+        let ask = Script::new().start(0).chain(1, &[(0, 40, &[7; 40]), (WRITE, 90, b"")]);
+        // Which place of its memory, which bytes: here of the used ring of the second queue.
+        let word = |at: u32, words: &[u32]| {
+            let at = SECOND_USED + at;
+            [at.to_le_bytes().to_vec(), words.iter().flat_map(|word| word.to_le_bytes()).collect()].concat()
+        };
+        let answer = |id, length| ask.clone().say(&word(4, &[id, length])).say(&word(0, &[1 << 16])).host();
         vec![
             seed("set up and reset", Script::new().start(0).start(0).moved().start(0)),
             seed("queues moved while in use", Script::new().start(0).register(0x80, 0xffff_f000).offer(1, 0)),
+            seed("an answer", answer(0, 90)),
+            seed("an answer that is too long", answer(0, u32::MAX)),
+            seed("an answer to nothing", answer(77, 90)),
+            seed("an answer twice", answer(0, 9).say(&word(0, &[2 << 16])).host()),
+            seed("65,535 answers", ask.clone().say(&word(0, &[u32::MAX])).host()),
+            seed("a request of 4 GiB", {
+                let huge = Script::new().start(0).descriptor(1, 0, 0, u32::MAX, 0, 0);
+                huge.offer(1, 0)
+            }),
+            seed("a request that goes round", {
+                let round = Script::new().start(0).descriptor(1, 0, 0, 1 << 16, 1, 1).descriptor(
+                    1,
+                    1,
+                    0,
+                    1 << 16,
+                    1,
+                    0,
+                );
+                round.offer(1, 0)
+            }),
         ]
     },
 };
@@ -261,10 +291,37 @@ pub(super) fn exit() -> ExitRequest {
     ExitRequest::new().expect("out of descriptors")
 }
 
-/// A shared directory whose server says yes to all that it is asked, and does nothing.
+/// A shared directory whose server says yes to all that it is asked, and writes anything to the memory that it is given.
 #[derive(Default)]
 struct Shared {
     far: Vec<UnixStream>,
+    given: Option<File>,
+}
+
+/// Where the used ring of the second queue is in that memory.
+const SECOND_USED: u32 = (16 << 10) + 256 * (16 << 10) + 8192;
+
+impl Shared {
+    /// The memory that was given to the server last.
+    fn memory(&self) -> Option<File> {
+        let mut found = None;
+        let stream = self.far.last()?;
+        stream.set_nonblocking(true).expect("a socket");
+        let (mut bytes, mut files) = ([0; 4096], [0; 8]);
+        let mut into = [libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() }];
+        // SAFETY: the only buffer is `bytes`, which outlives the call.
+        while let Ok((1.., count)) = unsafe { stream.recv_with_fds(&mut into, &mut files) } {
+            for fd in files.iter().take(count) {
+                // SAFETY: just received, owned by nobody else.
+                let file = unsafe { File::from_raw_fd(*fd) };
+                // Eventfds have no length.
+                if file.metadata().is_ok_and(|metadata| metadata.len() > 0) {
+                    found = Some(file);
+                }
+            }
+        }
+        found
+    }
 }
 
 impl Host for Shared {
@@ -274,7 +331,19 @@ impl Host for Shared {
         // Who asks more than there are answers finds nobody there, rather than waiting.
         far.shutdown(std::net::Shutdown::Write).expect("a socket");
         self.far.push(far);
+        self.given = None;
         Box::new(shared(near))
+    }
+
+    /// Where, in 4 bytes, and what.
+    fn say(&mut self, bytes: &[u8]) {
+        if let Some(file) = self.memory() {
+            self.given = Some(file);
+        }
+        if let (Some(file), Some((at, what))) = (&self.given, bytes.split_first_chunk::<4>()) {
+            // What lies outside of it is not there: it is sealed.
+            let _ = file.write_at(what, u32::from_le_bytes(*at).into());
+        }
     }
 
     /// Its server cannot save what it knows, and may be gone.

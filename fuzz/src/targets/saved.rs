@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io::Write as _;
 use std::os::unix::fs::FileExt as _;
 
-use vmm::memory::{Backing, GuestMemory, create};
+use vmm::memory::{GuestMemory, create};
 use vmm::snapshot::disk::{Packer, Saved};
 use vmm::snapshot::{Extent, frame, memory};
 
@@ -47,7 +47,7 @@ fn memory_frames(data: &[u8]) {
 
     thread_local! {
         // Guest memory is never given back.
-        static GUEST: GuestMemory = create(2 << 20, Backing::Private).expect("memory");
+        static GUEST: GuestMemory = create(2 << 20).expect("memory");
     }
     with_place(|place| {
         let path = place.join("memory.zst");

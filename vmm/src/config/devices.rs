@@ -42,7 +42,7 @@ fn is_false(value: &bool) -> bool {
 }
 
 /// A directory of the host that a vhost-user process (virtiofsd) serves, and how to reach that process: one of `socket`,
-/// `fd` and `empty`. Guest memory is shared with it.
+/// `fd` and `empty`. It sees what the guest asks of it and nothing else of the guest.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FilesystemConfig {

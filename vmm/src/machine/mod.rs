@@ -25,7 +25,7 @@ use crate::error::{Error, Result};
 use crate::event_loop::EventLoop;
 use crate::exit::{ExitRequest, Outcome};
 use crate::jail::{self, Kind};
-use crate::memory::{self, Backing, GuestMemory};
+use crate::memory::{self, GuestMemory};
 use crate::report::Report;
 use crate::snapshot::{Extent, Identity, Opened, pages, working_set};
 use crate::timeline::Timeline;
@@ -81,7 +81,7 @@ impl Machine {
     /// A machine that boots.
     fn boot(config: Config, boot: &BootConfig, timeline: Arc<Timeline>, kvm: Kvm) -> Result<Self> {
         let bytes = config.machine.memory_bytes();
-        let memory = Arc::new(memory::create(bytes, backing(&config))?);
+        let memory = Arc::new(memory::create(bytes)?);
         // KVM waits some milliseconds for the host's RCU before there is a virtual machine: meanwhile another thread does
         // all that needs none. In the emulated host, with its one processor, that is 7 ms less. Where the host is itself a
         // virtual machine, each leaf of the processor's features is an exit, 0.65 ms in all: nobody waits for them before
@@ -115,7 +115,7 @@ impl Machine {
         let Opened { snapshot, .. } = &opened;
         opened.fits_shape(&config.machine)?;
         let soon = &working_set::read(&opened.directory, snapshot);
-        let memory = Arc::new(memory::create(snapshot.memory_bytes, backing(&config))?);
+        let memory = Arc::new(memory::create(snapshot.memory_bytes)?);
         let (vm, exit, devices, fds) = thread::scope(|scope| {
             let (done, mapped) = mpsc::channel();
             let (made, vm_is_made) = mpsc::channel();
@@ -271,16 +271,9 @@ pub fn check(config: &Config) -> Result<()> {
         return opened.fits_features(&cpuid::supported(&kvm)?);
     };
     let bytes = config.machine.memory_bytes();
-    let memory = memory::create(bytes, backing(config))?;
+    let memory = memory::create(bytes)?;
     let cmdline = kernel_cmdline(boot)?;
     boot::load(&memory, bytes, boot)?.finish(&memory, bytes, config.machine.vcpus, &cmdline).map(drop)
-}
-
-/// Memory is shared only where somebody shares it: huge pages are had for anonymous memory on every host, for memory
-/// files on few.
-fn backing(config: &Config) -> Backing {
-    let shared = config.filesystems.iter().any(|filesystem| !filesystem.empty);
-    if shared { Backing::Shared } else { Backing::Private }
 }
 
 /// What the control socket can see and do.

@@ -1,8 +1,7 @@
 //! Takes snapshots of a running machine, and tells whether one can go on here.
 //!
 //! The guest stands still only while processors and devices are asked for their state. Its memory is written by a forked child, in which it
-//! stays as it was, and its disks are copied by threads that are told of each write before it is made. Memory that is shared with
-//! another process cannot be had that way: it is written while the guest stands still.
+//! stays as it was, and its disks are copied by threads that are told of each write before it is made.
 
 mod part;
 
@@ -18,7 +17,6 @@ use crate::config::MachineConfig;
 use crate::control::Files;
 use crate::devices::virtio::block::backup::Manner;
 use crate::error::{Error, Result};
-use crate::memory::Backing;
 use crate::random;
 use crate::snapshot::{
     DISK, Form, Identity, Opened, Snapshot, Target, disk, memory, pages, unwritten, working_set,
@@ -145,8 +143,8 @@ impl Running {
         for id in &request.disks {
             saving.parts.push(self.copy_disk(id, files, request, base)?);
         }
-        // Who has the machine standing still anyway saves nothing by a child, and a child nothing where memory is shared.
-        let part = if stood || super::backing(&self.config) == Backing::Shared {
+        // Who has the machine standing still anyway saves nothing by a child.
+        let part = if stood {
             let written = target.write(snapshot, &self.memory, &self.mapped, before);
             Part::done(written.map_err(|source| unwritten(&request.directory, source))?)
         } else {

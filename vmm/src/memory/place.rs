@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use super::GuestMemory;
 use crate::arch::layout::PAGE;
@@ -26,7 +26,7 @@ pub struct Placement {
 pub enum Way {
     /// Read into anonymous memory. Huge pages can back it, so that the guest takes few faults.
     Copy,
-    /// Whole pages are mapped privately from the file, unless memory is shared with processes that would not see them.
+    /// Whole pages are mapped privately from the file.
     /// Machines share the page cache; every page the guest touches is a fault.
     Map,
 }
@@ -37,8 +37,7 @@ pub enum Way {
 /// When the file ends early, cannot be read, or the memory does not reach that far.
 pub fn place(memory: &GuestMemory, file: &File, part: Placement, way: Way) -> io::Result<()> {
     let aligned = part.offset.is_multiple_of(PAGE) && part.address.is_multiple_of(PAGE);
-    let shared = memory.iter().any(|region| region.file_offset().is_some());
-    let mapped = if way == Way::Map && aligned && !shared { part.length - part.length % PAGE } else { 0 };
+    let mapped = if way == Way::Map && aligned { part.length - part.length % PAGE } else { 0 };
     if mapped > 0 {
         map(memory, file, Placement { length: mapped, ..part })?;
     }
@@ -88,7 +87,6 @@ fn map(memory: &GuestMemory, file: &File, part: Placement) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::Backing;
     use std::io::Write;
     use vm_memory::Bytes;
 
@@ -101,7 +99,7 @@ mod tests {
             for (offset, length) in
                 [(0, 10_000), (4096, 8192), (4096, 8193), (4096, 35_904), (100, 5000), (0, 0)]
             {
-                let memory = crate::memory::create(1 << 20, Backing::Private).unwrap();
+                let memory = crate::memory::create(1 << 20).unwrap();
                 place(&memory, &file, Placement { offset, length, address: 0x1_0000 }, way).unwrap();
                 let mut got = vec![0; length as usize + 5000];
                 memory.read_slice(&mut got, GuestAddress(0x1_0000)).unwrap();
@@ -115,7 +113,7 @@ mod tests {
     fn short_files_and_short_memory_are_errors() {
         let file = tempfile::tempfile().unwrap();
         file.set_len(8192).unwrap();
-        let memory = crate::memory::create(1 << 20, Backing::Private).unwrap();
+        let memory = crate::memory::create(1 << 20).unwrap();
         for way in [Way::Copy, Way::Map] {
             let part = Placement { offset: 0, length: 8193, address: 0 };
             assert!(place(&memory, &file, part, way).is_err());

@@ -132,7 +132,7 @@ fn places(bytes: u64) -> Vec<(u64, u64)> {
 /// Gives `guest`, which is new or has what is below this already, what `file` holds of it.
 ///
 /// # Errors
-/// When the file cannot be mapped, or read where memory is shared with other processes.
+/// When the file cannot be mapped.
 pub fn fill(guest: &GuestMemory, file: &File, extents: &[Extent]) -> io::Result<()> {
     each(guest, extents, |extent, address| {
         let part = Placement { offset: extent.offset, length: extent.length, address };
@@ -224,10 +224,7 @@ pub fn write(
         // SAFETY: the region is mapped for good, and neither the guest nor a device writes to it meanwhile: processors stand
         // still and devices work in this thread.
         let bytes = unsafe { std::slice::from_raw_parts(region.as_ptr(), length as usize) };
-        let mut candidates = match region.file_offset() {
-            Some(shared) => data_of(shared.file(), length)?,
-            None => touched(bytes, origin, offset)?,
-        };
+        let mut candidates = touched(bytes, origin, offset)?;
         let below =
             base.and_then(|base| base.memory.iter().nth(number)).filter(|below| below.len() == length);
         let found = match (below, base) {
@@ -408,7 +405,7 @@ fn close_gaps(extents: &mut Vec<Extent>, gap: u64, ranges: &[(u64, u64)]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::{Backing, create};
+    use crate::memory::create;
     use proptest::prelude::*;
     use vm_memory::Bytes;
 
@@ -429,38 +426,32 @@ mod tests {
         #[test]
         fn memory_comes_back_and_again(writes in addresses(), later in addresses()) {
             let bytes = (3 << 30) + (2 << 20);
-            for (first, second) in [
-                (Backing::Private, Backing::Private),
-                (Backing::Private, Backing::Shared),
-                (Backing::Shared, Backing::Private),
-            ] {
-                let guest = create(bytes, first).unwrap();
-                for (offset, value) in &writes {
-                    guest.write_obj(*value, address(*offset)).unwrap();
-                }
-                let file = tempfile::tempfile().unwrap();
-                let extents = write(&guest, &[], None, Form::Plain, &file, &IDENTITY).unwrap();
-                prop_assert_eq!(file.metadata().unwrap().len(), bytes + PAGE);
-
-                // Of what goes on from it, a snapshot again: what nobody touched since must be in it too.
-                let copy = create(bytes, second).unwrap();
-                fill(&copy, &file, &extents).unwrap();
-                for (offset, value) in &later {
-                    copy.write_obj(*value, address(*offset)).unwrap();
-                }
-                let again = tempfile::tempfile().unwrap();
-                let extents = write(&copy, &extents, None, Form::Plain, &again, &IDENTITY).unwrap();
-                let last = create(bytes, Backing::Private).unwrap();
-                fill(&last, &again, &extents).unwrap();
-                let mut model = std::collections::BTreeMap::new();
-                model.extend(writes.iter().chain(&later).copied());
-                for (offset, value) in model {
-                    prop_assert_eq!(last.read_obj::<u8>(address(offset)).unwrap(), value);
-                }
-                // And only what was not zero, or close to it, takes space.
-                let kept: u64 = extents.iter().map(|extent| extent.length).sum();
-                prop_assert!(kept <= (writes.len() + later.len()) as u64 * (GAP + PAGE), "{kept}");
+            let guest = create(bytes).unwrap();
+            for (offset, value) in &writes {
+                guest.write_obj(*value, address(*offset)).unwrap();
             }
+            let file = tempfile::tempfile().unwrap();
+            let extents = write(&guest, &[], None, Form::Plain, &file, &IDENTITY).unwrap();
+            prop_assert_eq!(file.metadata().unwrap().len(), bytes + PAGE);
+
+            // Of what goes on from it, a snapshot again: what nobody touched since must be in it too.
+            let copy = create(bytes).unwrap();
+            fill(&copy, &file, &extents).unwrap();
+            for (offset, value) in &later {
+                copy.write_obj(*value, address(*offset)).unwrap();
+            }
+            let again = tempfile::tempfile().unwrap();
+            let extents = write(&copy, &extents, None, Form::Plain, &again, &IDENTITY).unwrap();
+            let last = create(bytes).unwrap();
+            fill(&last, &again, &extents).unwrap();
+            let mut model = std::collections::BTreeMap::new();
+            model.extend(writes.iter().chain(&later).copied());
+            for (offset, value) in model {
+                prop_assert_eq!(last.read_obj::<u8>(address(offset)).unwrap(), value);
+            }
+            // And only what was not zero, or close to it, takes space.
+            let kept: u64 = extents.iter().map(|extent| extent.length).sum();
+            prop_assert!(kept <= (writes.len() + later.len()) as u64 * (GAP + PAGE), "{kept}");
         }
 
         /// A chain of differences, each plain or compressed, gives what the last machine had; zeros that came later too.
@@ -470,7 +461,7 @@ mod tests {
             steps in proptest::collection::vec((addresses(), any::<bool>(), any::<bool>()), 1..4),
         ) {
             let bytes = (3 << 30) + (2 << 20);
-            let guest = create(bytes, Backing::Private).unwrap();
+            let guest = create(bytes).unwrap();
             let mut model = std::collections::BTreeMap::new();
             let put = |model: &mut std::collections::BTreeMap<u64, u8>, writes: &[(u64, u8)]| {
                 for (offset, value) in writes {
@@ -481,7 +472,7 @@ mod tests {
             put(&mut model, &first);
             let mut chain: Vec<(File, Vec<Extent>, Form)> = Vec::new();
             let restored = |chain: &[(File, Vec<Extent>, Form)]| {
-                let memory = create(bytes, Backing::Private).unwrap();
+                let memory = create(bytes).unwrap();
                 for (file, extents, form) in chain {
                     match form {
                         Form::Plain => fill(&memory, file, extents).unwrap(),
@@ -539,7 +530,7 @@ mod tests {
 
     #[test]
     fn a_file_of_another_snapshot_or_length_is_refused() {
-        let guest = create(1 << 20, Backing::Private).unwrap();
+        let guest = create(1 << 20).unwrap();
         let file = tempfile::tempfile().unwrap();
         let extents = write(&guest, &[], None, Form::Plain, &file, &IDENTITY).unwrap();
         assert_eq!(extents, []);

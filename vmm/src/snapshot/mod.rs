@@ -31,7 +31,7 @@ use crate::arch::state::{VcpuState, VmState};
 use crate::control::{Files, SnapshotRequest};
 use crate::devices::virtio::mmio::TransportState;
 use crate::error::{Error, Result};
-use crate::memory::{Backing, GuestMemory};
+use crate::memory::GuestMemory;
 pub use memory::Extent;
 
 /// Name of the file with everything but memory.
@@ -282,7 +282,7 @@ impl Opened {
     /// # Errors
     /// As [`Self::fill`].
     pub fn to_base(&self) -> Result<memory::Base> {
-        let memory = crate::memory::create(self.snapshot.memory_bytes, Backing::Private)?;
+        let memory = crate::memory::create(self.snapshot.memory_bytes)?;
         self.fill(&memory)?;
         Ok(memory::Base { memory, extents: self.extents() })
     }
@@ -491,7 +491,7 @@ impl Drop for Draft {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::memory::{Backing, create};
+    use crate::memory::create;
 
     pub(crate) fn snapshot(memory_bytes: u64, extents: Vec<Extent>) -> Snapshot {
         Snapshot {
@@ -517,7 +517,7 @@ pub(crate) mod tests {
     #[test]
     fn what_is_there_is_not_written_over_and_a_failure_leaves_nothing() {
         let place = tempfile::tempdir().unwrap();
-        let guest = create(1 << 20, Backing::Private).unwrap();
+        let guest = create(1 << 20).unwrap();
         let directory = place.path().join("one");
         write(&directory, snapshot(1 << 20, Vec::new()), &guest).unwrap();
         assert_eq!(Opened::open(&directory).unwrap().snapshot.memory_bytes, 1 << 20);
@@ -566,7 +566,7 @@ pub(crate) mod tests {
     #[test]
     fn each_missing_or_wrong_file_is_named() {
         let place = tempfile::tempdir().unwrap();
-        let guest = create(1 << 20, Backing::Private).unwrap();
+        let guest = create(1 << 20).unwrap();
         let good = place.path().join("good");
         let make = |directory: &Path| write(directory, snapshot(1 << 20, Vec::new()), &guest).unwrap();
         make(&good);

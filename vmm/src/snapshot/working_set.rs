@@ -69,12 +69,10 @@ pub fn populate(guest: &GuestMemory, extents: &[Extent]) {
     let mut place = 0;
     for region in guest.iter() {
         let length = region.len();
-        // A page of memory that is shared is nobody's own.
-        let private = region.file_offset().is_none();
         let inside = |extent: &&Extent| {
             extent.offset >= place && extent.offset.saturating_add(extent.length) <= place + length
         };
-        for extent in extents.iter().filter(inside).filter(|_| private) {
+        for extent in extents.iter().filter(inside) {
             let address = region.as_ptr().wrapping_add((extent.offset - place) as usize);
             // SAFETY: the range lies in the region, which is mapped for good; populating changes no content.
             unsafe { libc::madvise(address.cast(), extent.length as usize, libc::MADV_POPULATE_WRITE) };
@@ -93,7 +91,7 @@ fn written(guest: &GuestMemory) -> io::Result<Vec<Extent>> {
         let end = offset + region.len();
         let mut page = region.as_ptr() as u64 / PAGE;
         let mut run: Option<Extent> = None;
-        while offset < end && region.file_offset().is_none() {
+        while offset < end {
             let count = ENTRIES.min(((end - offset) / PAGE) as usize);
             let entries = buffer.get_mut(..count * 8).unwrap_or_default();
             pagemap.read_exact_at(entries, page * 8)?;
@@ -119,7 +117,7 @@ fn written(guest: &GuestMemory) -> io::Result<Vec<Extent>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::{Backing, create};
+    use crate::memory::create;
     use crate::snapshot::tests::snapshot;
     use proptest::prelude::*;
     use vm_memory::{Bytes, GuestAddress};
@@ -131,7 +129,7 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         file.write_all_at(&vec![1; 2 << 20], 0).unwrap();
         let all = vec![Extent { offset: 0, length: 2 << 20 }];
-        let guest = create(2 << 20, Backing::Private).unwrap();
+        let guest = create(2 << 20).unwrap();
         memory::fill(&guest, &file, &all).unwrap();
         (guest, snapshot(2 << 20, all))
     }
@@ -196,17 +194,8 @@ mod tests {
     }
 
     #[test]
-    fn shared_memory_has_no_working_set_and_is_left_alone() {
-        let guest = create(2 << 20, Backing::Shared).unwrap();
-        guest.write_obj(1_u8, GuestAddress(0)).unwrap();
-        assert_eq!(written(&guest).unwrap(), Vec::new());
-        populate(&guest, &[Extent { offset: 0, length: 2 << 20 }]);
-        assert_eq!(guest.read_obj::<u8>(GuestAddress(0)).unwrap(), 1);
-    }
-
-    #[test]
     fn a_record_ends_where_it_would_be_too_long() {
-        let guest = create(2 * MAX_BYTES, Backing::Private).unwrap();
+        let guest = create(2 * MAX_BYTES).unwrap();
         for page in 0..2 * MAX_BYTES / PAGE {
             guest.write_obj(1_u8, GuestAddress(page * PAGE)).unwrap();
         }

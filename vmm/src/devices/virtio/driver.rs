@@ -8,7 +8,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::VirtioDevice;
 use super::mmio::MmioTransport;
 use crate::bus::BusDevice;
-use crate::memory::{self, Backing, GuestMemory};
+use crate::memory::{self, GuestMemory};
 
 const QUEUE_STRIDE: u64 = 0x1_0000;
 const QUEUES: u64 = 0x10_0000;
@@ -41,8 +41,7 @@ impl Driver {
 
     /// The same, accepting features of the device's own.
     pub fn with_features(device: Box<dyn VirtioDevice>, features: u32) -> Self {
-        let backing = if device.is_remote() { Backing::Shared } else { Backing::Private };
-        let memory = Arc::new(memory::create(END, backing).unwrap());
+        let memory = Arc::new(memory::create(END).unwrap());
         let sizes = device.queue_sizes().to_vec();
         let line = EventFd::new(libc::EFD_NONBLOCK).unwrap();
         let transport = MmioTransport::new(device, Arc::clone(&memory), line.try_clone().unwrap()).unwrap();

@@ -14,29 +14,13 @@ const CONFIG_CHANGE: u32 = 2;
 pub struct Interrupt {
     status: AtomicU32,
     line: EventFd,
-    /// Bits that are always set.
-    assumed: u32,
     count: AtomicU64,
 }
 
 impl Interrupt {
     /// An interrupt raised by writing to `line`, an irqfd.
     pub fn new(line: EventFd) -> Self {
-        Self { status: AtomicU32::new(0), line, assumed: 0, count: AtomicU64::new(0) }
-    }
-
-    /// An interrupt whose line others write to as well.
-    ///
-    /// They cannot set the status word, so it always says "used buffer": a driver that looks at its queues in vain loses
-    /// a moment, one that does not look hangs. The alternative, passing every interrupt on in the event loop, costs two
-    /// context switches for each.
-    pub fn with_shared_line(line: EventFd) -> Self {
-        Self { assumed: USED_BUFFER, ..Self::new(line) }
-    }
-
-    /// The line, for those who share it.
-    pub fn line(&self) -> &EventFd {
-        &self.line
+        Self { status: AtomicU32::new(0), line, count: AtomicU64::new(0) }
     }
 
     /// Tells the guest that a queue has used buffers.
@@ -58,11 +42,6 @@ impl Interrupt {
 
     /// What the guest has not acknowledged yet.
     pub fn status(&self) -> u32 {
-        self.status.load(Ordering::SeqCst) | self.assumed
-    }
-
-    /// The same without the bits that are always set.
-    pub fn pending(&self) -> u32 {
         self.status.load(Ordering::SeqCst)
     }
 

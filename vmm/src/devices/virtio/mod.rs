@@ -20,7 +20,6 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use virtio_queue::{Queue, QueueState};
-use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::GuestMemory;
 use block::disk::Disk;
@@ -74,8 +73,6 @@ pub struct Activation {
     pub interrupt: Arc<Interrupt>,
     /// Features that the driver accepted.
     pub features: u64,
-    /// The queues' notifications, for a device whose queues are served by somebody else.
-    pub kicks: Arc<[EventFd]>,
 }
 
 /// A virtio device without its transport.
@@ -86,11 +83,6 @@ pub trait VirtioDevice: Send {
     fn name(&self) -> &str;
     /// Size of each queue, powers of two.
     fn queue_sizes(&self) -> &[u16];
-    /// Whether another process serves its queues. Notifications then go there and interrupts come from there without
-    /// passing through the monitor, and guest memory must be shared with it.
-    fn is_remote(&self) -> bool {
-        false
-    }
     /// A driver has found the device and will ask for its features next.
     fn acknowledged(&mut self) {}
     /// Features it offers.

@@ -173,32 +173,56 @@ impl<'m> Buffers<'m> {
     /// When it points outside of memory, has too many descriptors, or writable before readable ones.
     pub fn of(memory: &'m GuestMemory, chain: Chain<'m>) -> Result<Self, GuestError> {
         let mut buffers = Self::default();
-        for (count, descriptor) in chain.enumerate() {
-            if count >= MAX_DESCRIPTORS {
-                return Err(GuestError::Chain("a chain of more than 1024 descriptors"));
-            }
-            let list = if descriptor.is_write_only() {
-                &mut buffers.writable
-            } else if buffers.writable.is_empty() {
-                &mut buffers.readable
-            } else {
-                return Err(GuestError::Chain("a readable descriptor after a writable one"));
-            };
-            if descriptor.len() > 0 {
-                list.push(slice(memory, descriptor.addr(), descriptor.len() as usize)?);
-            }
-        }
+        walk(chain, |writable, piece| {
+            let list = if writable { &mut buffers.writable } else { &mut buffers.readable };
+            list.push(piece.slice(memory)?);
+            Ok(())
+        })?;
         Ok(buffers)
     }
 }
 
-/// One piece of guest memory. The hole between the two regions cannot be crossed, and no driver does.
-fn slice(
-    memory: &GuestMemory,
-    address: GuestAddress,
-    length: usize,
-) -> Result<VolatileSlice<'_>, GuestError> {
-    Ok(memory.get_slice(address, length)?)
+/// A piece of guest memory by its address, for what outlives the call that found it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Piece {
+    /// Of its first byte.
+    pub address: GuestAddress,
+    /// In bytes.
+    pub length: usize,
+}
+
+impl Piece {
+    /// The memory. The hole between the two regions cannot be crossed, and no driver does.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn slice<'m>(&self, memory: &'m GuestMemory) -> Result<VolatileSlice<'m>, GuestError> {
+        Ok(memory.get_slice(self.address, self.length)?)
+    }
+}
+
+/// Tells of each piece of a chain that has any bytes, whether it is writable: those come last.
+///
+/// # Errors
+/// As [`Buffers::of`], or `tell`'s.
+pub fn walk(
+    chain: Chain<'_>,
+    mut tell: impl FnMut(bool, Piece) -> Result<(), GuestError>,
+) -> Result<(), GuestError> {
+    let mut answer = false;
+    for (count, descriptor) in chain.enumerate() {
+        if count >= MAX_DESCRIPTORS {
+            return Err(GuestError::Chain("a chain of more than 1024 descriptors"));
+        }
+        if descriptor.len() > 0 {
+            answer |= descriptor.is_write_only();
+            tell(answer, Piece { address: descriptor.addr(), length: descriptor.len() as usize })?;
+        }
+        if answer && !descriptor.is_write_only() {
+            return Err(GuestError::Chain("a readable descriptor after a writable one"));
+        }
+    }
+    Ok(())
 }
 
 /// Bytes in all of `slices`.
@@ -241,6 +265,23 @@ pub fn write(slices: &[VolatileSlice<'_>], buffer: &[u8]) -> usize {
         rest = later;
     }
     buffer.len() - rest.len()
+}
+
+/// What of `slice` comes after `at` bytes, if anything does.
+fn after(slice: VolatileSlice<'_>, at: usize) -> Option<VolatileSlice<'_>> {
+    slice.offset(at).ok().filter(|rest| !rest.is_empty())
+}
+
+/// Copies the bytes of one list of slices to another, as many as both have.
+pub fn copy(from: &[VolatileSlice<'_>], to: &[VolatileSlice<'_>]) {
+    let (mut sources, mut targets) = (from.iter(), to.iter());
+    let (mut source, mut target) = (sources.next().copied(), targets.next().copied());
+    while let (Some(here), Some(there)) = (source, target) {
+        here.copy_to_volatile_slice(there);
+        let both = here.len().min(there.len());
+        source = after(here, both).or_else(|| sources.next().copied());
+        target = after(there, both).or_else(|| targets.next().copied());
+    }
 }
 
 /// The `iovec`s of `slices`, for calls that fill or empty guest memory directly. They are valid as long as guest memory,

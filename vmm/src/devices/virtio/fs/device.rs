@@ -7,9 +7,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
-use virtio_queue::{Queue, QueueState, QueueT};
+use virtio_queue::{Queue, QueueState};
 
-use super::handler::{Backend, Lost};
+use super::frontend::{Backend, Lost};
+use super::handler::{Handler, Trouble};
 use super::metrics::Metrics;
 use crate::config::FilesystemConfig;
 use crate::devices::virtio::{Activation, F_COMMON, GuestError, Progress, VirtioDevice};
@@ -25,9 +26,9 @@ pub struct Fs {
     config: [u8; TAG_BYTES + 4],
     queue_sizes: Vec<u16>,
     /// None: nobody serves it.
-    backend: Option<Backend>,
-    /// The queues, whether somebody serves them or not.
-    activation: Option<Activation>,
+    handler: Option<Handler>,
+    /// The queues, where nobody serves them.
+    unserved: Vec<Queue>,
     /// The backend has given its queues back for a while.
     stopped: bool,
     /// Set once the backend is gone; nothing is said to it any more.
@@ -43,7 +44,7 @@ impl Fs {
     /// Nobody listens on the socket, or the descriptor is no connected socket.
     pub fn new(config: &FilesystemConfig, exit: ExitRequest) -> Result<Self> {
         if config.empty {
-            return Ok(Self::with(None, config, exit));
+            return Ok(Self::with(None, config, exit, Arc::default()));
         }
         let failed = |source| Error::Backend { tag: config.tag.clone(), source };
         let stream = config.connect().map_err(failed)?;
@@ -56,30 +57,52 @@ impl Fs {
         config: &FilesystemConfig,
         exit: ExitRequest,
     ) -> io::Result<Self> {
-        let backend = Backend::new(stream, usize::from(config.queues) + 1)?;
-        Ok(Self::with(Some(backend), config, exit))
+        let queues = usize::from(config.queues) + 1;
+        let metrics = Arc::<Metrics>::default();
+        let handler = Handler::new(Backend::new(stream, queues)?, queues, Arc::clone(&metrics))?;
+        Ok(Self::with(Some(handler), config, exit, metrics))
     }
 
-    fn with(backend: Option<Backend>, config: &FilesystemConfig, exit: ExitRequest) -> Self {
+    fn with(
+        handler: Option<Handler>,
+        config: &FilesystemConfig,
+        exit: ExitRequest,
+        metrics: Arc<Metrics>,
+    ) -> Self {
         Self {
             tag: config.tag.clone(),
             config: config_space(&config.tag, config.queues),
             // One queue for urgent requests comes first.
             queue_sizes: vec![config.queue_size; usize::from(config.queues) + 1],
-            backend,
-            activation: None,
+            handler,
+            unserved: Vec::new(),
             stopped: false,
             lost: false,
             exit,
-            metrics: Arc::new(Metrics::default()),
+            metrics,
         }
     }
 
-    /// Says something to the backend, if there is one left.
-    fn tell<T>(&mut self, say: impl FnOnce(&mut Backend) -> Result<T, Lost>) {
-        if let Some(backend) = &mut self.backend
-            && !self.lost
-            && let Err(why) = say(backend)
+    /// Does something, if somebody serves it.
+    fn tell(
+        &mut self,
+        say: impl FnOnce(&mut Handler) -> Result<Progress, Trouble>,
+    ) -> Result<Progress, GuestError> {
+        let Some(handler) = self.handler.as_mut().filter(|_| !self.lost) else { return Ok(Progress::Done) };
+        match say(handler) {
+            Ok(progress) => Ok(progress),
+            Err(Trouble::Guest(error)) => Err(error),
+            Err(Trouble::Backend(why)) => {
+                self.lose(&why);
+                Ok(Progress::Done)
+            }
+        }
+    }
+
+    /// The same where the guest cannot be to blame.
+    fn tell_backend(&mut self, say: impl FnOnce(&mut Handler) -> Result<(), Lost>) {
+        if let Some(handler) = self.handler.as_mut().filter(|_| !self.lost)
+            && let Err(why) = say(handler)
         {
             self.lose(&why);
         }
@@ -120,18 +143,14 @@ impl VirtioDevice for Fs {
         &self.queue_sizes
     }
 
-    fn is_remote(&self) -> bool {
-        true
-    }
-
     /// Not earlier, so that the backend starts while the guest boots.
     fn acknowledged(&mut self) {
-        self.tell(Backend::negotiate);
+        self.tell_backend(|handler| handler.backend.negotiate());
     }
 
-    /// Before there is a backend, what every one has.
+    /// Whatever the backend offers: it sees other queues than the guest.
     fn features(&self) -> u64 {
-        self.backend.as_ref().map_or(F_COMMON, |backend| backend.features() & F_COMMON)
+        F_COMMON
     }
 
     fn config(&self) -> &[u8] {
@@ -139,43 +158,43 @@ impl VirtioDevice for Fs {
     }
 
     fn activate(&mut self, activation: Activation) {
-        self.tell(|backend| backend.start(&activation));
-        self.activation = Some(activation);
-        if self.backend.is_some() && !self.lost {
+        if self.handler.is_none() {
+            self.unserved = activation.queues;
+            return;
+        }
+        self.tell_backend(|handler| handler.activate(activation));
+        if !self.lost {
             self.metrics.activations.fetch_add(1, Ordering::Relaxed);
         }
     }
 
     fn queues(&self) -> Vec<QueueState> {
-        self.activation.iter().flat_map(|activation| &activation.queues).map(Queue::state).collect()
+        match &self.handler {
+            Some(handler) => handler.queues(),
+            None => self.unserved.iter().map(Queue::state).collect(),
+        }
     }
 
-    /// The backend stops until [`Self::saved`]: it must not touch memory while that is written.
+    /// Everything is answered, so that nothing is on its way; what the guest asks from now on waits for [`Self::saved`].
     fn save(&mut self) -> Result<Vec<u8>, String> {
-        let (Some(backend), Some(activation)) = (&mut self.backend, &mut self.activation) else {
+        let Some(handler) = self.handler.as_mut().filter(|handler| handler.is_active()) else {
             return Ok(Vec::new());
         };
-        if !backend.has_state() {
+        if !handler.backend.has_state() {
             return Err("a directory of the host is shared with it, and the process that serves it cannot save what it knows \
                  of the guest: virtiofsd 1.11 or later can"
                 .to_owned());
         }
-        let stopped = backend.stop().and_then(|stopped| {
-            self.stopped = true;
-            for (index, next) in stopped {
-                let queue = activation.queues.get_mut(index).ok_or(Lost::Queue(index))?;
-                queue.set_next_avail(next);
-                let used = queue.used_idx(activation.memory.as_ref(), Ordering::Acquire);
-                queue.set_next_used(used.map_err(|_| Lost::Queue(index))?.0);
-            }
-            Ok(())
-        });
-        match stopped.and_then(|()| backend.state()) {
+        let settled = handler.settle();
+        self.stopped = settled.is_ok();
+        match settled.and_then(|()| Ok(handler.backend.state()?)) {
             Ok(state) => Ok(state),
-            Err(why @ (Lost::Refused(..) | Lost::Lacks(_) | Lost::Host(_))) => {
+            Err(Trouble::Guest(why)) => Err(why.to_string()),
+            // It goes on serving them.
+            Err(Trouble::Backend(why)) if why.is_harmless() => {
                 Err(format!("a directory of the host is shared with it, and {why}"))
             }
-            Err(why) => {
+            Err(Trouble::Backend(why)) => {
                 self.lose(&why);
                 Err(why.to_string())
             }
@@ -183,23 +202,16 @@ impl VirtioDevice for Fs {
     }
 
     fn saved(&mut self) {
-        if !std::mem::take(&mut self.stopped) {
-            return;
+        if std::mem::take(&mut self.stopped) {
+            self.tell_backend(Handler::resume);
         }
-        let Some(activation) = self.activation.take() else { return };
-        self.tell(|backend| backend.start(&activation));
-        for kick in activation.kicks.iter() {
-            // What came while it stood. A counter that is full says so already.
-            let _ = kick.write(1);
-        }
-        self.activation = Some(activation);
     }
 
     fn load(&mut self, state: &[u8]) -> Result<(), String> {
         if state.is_empty() {
             return Ok(());
         }
-        let Some(backend) = &mut self.backend else {
+        let Some(Handler { backend, .. }) = &mut self.handler else {
             return Err(format!(
                 "a directory of the host was shared with it as {:?}, and nobody serves that in the configuration",
                 self.tag
@@ -209,22 +221,20 @@ impl VirtioDevice for Fs {
     }
 
     fn reset(&mut self) {
-        self.activation = None;
-        self.tell(Backend::stop);
+        self.unserved.clear();
+        self.tell_backend(Handler::reset);
     }
 
-    /// The backend is notified, not the monitor.
-    fn queue_event(&mut self, _: usize) -> Result<Progress, GuestError> {
-        Ok(Progress::Done)
+    fn queue_event(&mut self, index: usize) -> Result<Progress, GuestError> {
+        self.tell(|handler| handler.ask(index))
     }
 
     fn host_fds(&self) -> Vec<RawFd> {
-        self.backend.iter().map(Backend::fd).collect()
+        self.handler.as_ref().map(Handler::fds).unwrap_or_default()
     }
 
-    fn host_event(&mut self, _: RawFd) -> Result<Progress, GuestError> {
-        self.tell(|backend| backend.check());
-        Ok(Progress::Done)
+    fn host_event(&mut self, fd: RawFd) -> Result<Progress, GuestError> {
+        self.tell(|handler| handler.host_event(fd))
     }
 
     fn metrics(&self) -> serde_json::Value {
@@ -260,23 +270,27 @@ mod tests {
         }
     }
 
+    /// What the event loop does when a descriptor of the host's is ready: it is not long in coming.
+    fn eventually(driver: &Driver, what: &str, is: impl Fn() -> bool) {
+        let start = Instant::now();
+        while !is() {
+            assert!(start.elapsed() < Duration::from_secs(10), "{what}");
+            std::thread::sleep(Duration::from_millis(1));
+            host_event(&driver.transport);
+        }
+    }
+
     fn ask(driver: &mut Driver, queue: u32) {
         let before = driver.used(queue).0;
         driver.put(DATA, b"stressed");
         driver.offer(queue, 0, &[(DATA, 8, 0), (DATA + 64, 8, WRITE)]);
         driver.kick(queue);
-        let start = Instant::now();
         // The interrupt comes after the answer.
-        while driver.line.read().is_err() {
-            assert!(start.elapsed() < Duration::from_secs(10), "no interrupt");
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        eventually(driver, "no interrupt", || driver.line.read().is_ok());
         assert_eq!(driver.used(queue), (before + 1, (0, 8)));
         assert_eq!(driver.get(DATA + 64, 8), b"desserts");
-        // The monitor has no part in it, and the driver must be told to look all the same.
-        assert_eq!(driver.read(0x60) & 1, 1);
+        assert_eq!(driver.read(0x60), 1);
         driver.write(0x64, 1);
-        assert_eq!(driver.read(0x60) & 1, 1);
     }
 
     #[test]
@@ -311,11 +325,7 @@ mod tests {
     }
 
     fn answered(driver: &Driver, count: u16) {
-        let start = Instant::now();
-        while driver.used(1).0 != count {
-            assert!(start.elapsed() < Duration::from_secs(10), "{:?} instead of {count}", driver.used(1));
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        eventually(driver, "no answer", || driver.used(1).0 == count);
         assert_eq!(driver.get(DATA + 64, 8), b"desserts");
     }
 
@@ -330,6 +340,7 @@ mod tests {
         offer(&mut driver);
         driver.kick(1);
         std::thread::sleep(Duration::from_millis(50));
+        host_event(&driver.transport);
         assert_eq!(driver.used(1).0, 1, "it was answered while memory was written");
         driver.transport.saved();
         answered(&driver, 2);
@@ -368,13 +379,14 @@ mod tests {
     }
 
     #[test]
-    fn features_are_those_of_both() {
+    fn the_guest_has_the_features_that_it_would_have_without_the_backend() {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let without = crate::devices::virtio::F_EVENT_IDX;
-        serve(theirs, backend::Backend::without(without));
-        let mut device = device(ours, &ExitRequest::new().unwrap());
+        serve(theirs, backend::Backend::without(crate::devices::virtio::F_EVENT_IDX));
+        let exit = ExitRequest::new().unwrap();
+        let mut device = device(ours, &exit);
         device.acknowledged();
-        assert_eq!(device.features(), F_COMMON & !without);
+        assert_eq!(device.features(), F_COMMON);
+        assert_eq!(exit.outcome(), None);
     }
 
     #[test]

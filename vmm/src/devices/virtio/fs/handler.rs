@@ -1,290 +1,285 @@
-//! The conversation with the process that serves the queues: vhost-user, of which the monitor is the frontend.
+//! Takes the guest's requests to the backend, and the answers back.
 
 use std::io;
-use std::net::Shutdown;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::net::UnixStream;
-use std::sync::mpsc::{self, RecvTimeoutError};
-use std::thread;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use vhost::vhost_user::message::VhostUserHeaderFlag;
-use vhost::vhost_user::{Frontend, VhostUserFrontend, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
-use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
-use virtio_queue::{Queue, QueueT};
-use vm_memory::{GuestAddress, GuestMemoryBackend};
+use virtio_queue::{QueueState, QueueT};
 
-use crate::devices::virtio::{Activation, F_VERSION_1};
-use crate::jail::{self, Kind};
+use super::frontend::{Backend, Lost, PATIENCE};
+use super::metrics::Metrics;
+use super::shadow::{self, Request, Shadow};
+use crate::devices::virtio::queue::{self, DeviceQueue, Slices, walk};
+use crate::devices::virtio::{Activation, GuestError, Progress};
 use crate::memory::GuestMemory;
 
-/// How long a backend may take for one exchange; the first includes the rest of its start.
-const PATIENCE: Duration = if cfg!(test) { Duration::from_secs(1) } else { Duration::from_secs(10) };
-/// Virtio feature bit by which a backend says that it knows protocol features.
-const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+/// Requests taken, or answers given, before other devices have their turn.
+const ROUND: usize = 64;
 
-/// Why a backend can no longer be used.
+/// Why something could not be done: who is to blame decides what ends.
 #[derive(Debug, thiserror::Error)]
-pub enum Lost {
-    /// Nobody is at the other end of the socket.
-    #[error("the process that serves it has closed the connection; it was killed, or its own log says why")]
-    Gone,
-    /// It does not answer.
-    #[error(
-        "the process that serves it did not {0} within {1} seconds; is it stopped, or the host overloaded?"
-    )]
-    Silent(&'static str, u64),
-    /// It answered that it cannot.
-    #[error("the process that serves it could not {0}: {1}")]
-    Refused(&'static str, vhost::Error),
-    /// It lacks what the device needs.
-    #[error("the process that serves it lacks {0}; use virtiofsd 1.0 or later")]
-    Lacks(&'static str),
-    /// A queue does not lie in memory.
-    #[error("queue {0} does not lie in guest memory")]
-    Queue(usize),
-    /// The monitor is out of something.
-    #[error("cannot talk to the process that serves it: {0}")]
-    Host(#[from] io::Error),
+pub enum Trouble {
+    /// The device stops.
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+    /// The machine ends.
+    #[error(transparent)]
+    Backend(#[from] Lost),
 }
 
-/// The process that serves the queues.
-pub struct Backend {
-    stream: UnixStream,
-    frontend: Frontend,
-    queues: usize,
-    /// What it offers; 0 before it was asked.
-    features: u64,
-    acknowledges: bool,
-    /// What it knows of the guest can be saved.
-    saves: bool,
-    /// Queues that it was given.
-    running: Vec<usize>,
+impl From<vm_memory::GuestMemoryError> for Trouble {
+    fn from(error: vm_memory::GuestMemoryError) -> Self {
+        Self::Guest(error.into())
+    }
 }
 
-impl Backend {
-    /// The one at the other end of `stream`, which is to serve so many queues.
+/// A queue of the guest's.
+struct Lane {
+    queue: DeviceQueue,
+    /// The driver has set it up.
+    ready: bool,
+}
+
+/// The active half of the device.
+pub struct Handler {
+    pub(super) backend: Backend,
+    /// One for each of the guest's queues.
+    shadows: Vec<Shadow>,
+    memory: Option<Arc<GuestMemory>>,
+    lanes: Vec<Lane>,
+    metrics: Arc<Metrics>,
+}
+
+impl Handler {
+    /// One whose queues `backend` is to serve.
     ///
     /// # Errors
-    /// Out of descriptors.
-    pub fn new(stream: UnixStream, queues: usize) -> io::Result<Self> {
-        let frontend = Frontend::from_stream(stream.try_clone()?, queues as u64);
-        Ok(Self {
-            stream,
-            frontend,
-            queues,
-            features: 0,
-            acknowledges: false,
-            saves: false,
-            running: Vec::new(),
-        })
+    /// Out of descriptors or addresses.
+    pub fn new(backend: Backend, queues: usize, metrics: Arc<Metrics>) -> io::Result<Self> {
+        Ok(Self { backend, shadows: shadow::create(queues)?, memory: None, lanes: Vec::new(), metrics })
     }
 
-    /// Becomes readable when the backend is gone.
-    pub fn fd(&self) -> RawFd {
-        self.stream.as_raw_fd()
-    }
-
-    /// Features that it offers.
-    pub fn features(&self) -> u64 {
-        self.features
-    }
-
-    /// Asks what it can do, once for each connection.
+    /// Takes the guest's queues over.
     ///
     /// # Errors
-    /// It does not answer, or lacks something.
-    pub fn negotiate(&mut self) -> Result<(), Lost> {
-        if self.features != 0 {
-            return Ok(());
+    /// The backend does not serve them.
+    pub fn activate(&mut self, activation: Activation) -> Result<(), Lost> {
+        let Activation { memory, queues, interrupt, .. } = activation;
+        self.memory = Some(memory);
+        let lanes = (0..).zip(queues).map(|(index, queue)| Lane {
+            ready: queue.ready(),
+            queue: DeviceQueue::new(queue, index, &interrupt),
+        });
+        self.lanes = lanes.collect();
+        self.start()
+    }
+
+    /// Hands the backend its queues, empty, and has the guest's looked at.
+    fn start(&mut self) -> Result<(), Lost> {
+        for shadow in &mut self.shadows {
+            shadow.reset().map_err(|_| Lost::Nonsense("has taken its memory away"))?;
         }
-        let (features, protocol) = self.exchange("say what it can do", |frontend| {
-            let features = frontend.get_features()?;
-            if features & PROTOCOL_FEATURES == 0 {
-                return Ok((features, VhostUserProtocolFeatures::empty()));
-            }
-            let wanted = VhostUserProtocolFeatures::MQ
-                | VhostUserProtocolFeatures::REPLY_ACK
-                | VhostUserProtocolFeatures::DEVICE_STATE;
-            let protocol = frontend.get_protocol_features()? & wanted;
-            frontend.set_protocol_features(protocol)?;
-            frontend.set_owner()?;
-            Ok((features, protocol))
-        })?;
-        if features & PROTOCOL_FEATURES == 0 {
-            return Err(Lost::Lacks("vhost-user's protocol features"));
+        self.backend.start(&self.shadows)?;
+        for shadow in &self.shadows {
+            // As if it had answered: what waits for it is taken then. A counter that is full says so already.
+            let _ = shadow.call().write(1);
         }
-        if features & F_VERSION_1 == 0 {
-            return Err(Lost::Lacks("version 1 of virtio"));
-        }
-        if protocol.contains(VhostUserProtocolFeatures::MQ) {
-            let offered = self.exchange("say how many queues it has", Frontend::get_queue_num)?;
-            if offered < self.queues as u64 {
-                return Err(Lost::Lacks("so many queues as the configuration asks for"));
-            }
-        }
-        self.acknowledges = protocol.contains(VhostUserProtocolFeatures::REPLY_ACK);
-        self.saves = protocol.contains(VhostUserProtocolFeatures::DEVICE_STATE);
-        self.features = features;
         Ok(())
     }
 
-    /// Whether what it knows of the guest can be saved.
-    pub fn has_state(&self) -> bool {
-        self.saves
+    /// Whether a driver has set the device up.
+    pub fn is_active(&self) -> bool {
+        self.memory.is_some()
     }
 
-    /// Hands over memory, queues and eventfds: from then on it serves the guest.
+    /// Forgets the guest's queues.
     ///
     /// # Errors
-    /// It does not, or a queue makes no sense.
-    pub fn start(&mut self, activation: &Activation) -> Result<(), Lost> {
-        let Activation { memory, queues, interrupt, features, kicks } = activation;
-        let regions = memory.iter().map(VhostUserMemoryRegionInfo::from_guest_region);
-        let regions: Vec<_> =
-            regions.collect::<Result<_, _>>().map_err(|e| Lost::Refused("share memory", e))?;
-        let ready = queues.iter().zip(kicks.iter()).enumerate().filter(|(_, (queue, _))| queue.ready());
-        let mut rings = Vec::new();
-        for (index, (queue, kick)) in ready {
-            rings.push((index, ring(memory, queue).ok_or(Lost::Queue(index))?, queue.next_avail(), kick));
+    /// The backend does not let go of its own.
+    pub fn reset(&mut self) -> Result<(), Lost> {
+        self.lanes.clear();
+        self.memory = None;
+        self.backend.stop()
+    }
+
+    /// Where the guest's queues are. To the point once [`Self::settle`] has been called.
+    pub fn queues(&self) -> Vec<QueueState> {
+        self.lanes.iter().map(|lane| lane.queue.state(0)).collect()
+    }
+
+    /// What becomes readable when there is something to do.
+    pub fn fds(&self) -> Vec<RawFd> {
+        let calls = self.shadows.iter().map(|shadow| shadow.call().as_raw_fd());
+        [self.backend.fd()].into_iter().chain(calls).collect()
+    }
+
+    /// One of them has become it.
+    ///
+    /// # Errors
+    /// Guest or backend break the rules, or the backend is gone.
+    pub fn host_event(&mut self, fd: RawFd) -> Result<Progress, Trouble> {
+        if fd == self.backend.fd() {
+            self.backend.check()?;
+            return Ok(Progress::Done);
         }
-        let acknowledges = self.acknowledges;
-        self.exchange("take over the queues", |frontend| {
-            frontend.set_features(features | PROTOCOL_FEATURES)?;
-            // Only these are acknowledged: what goes wrong in between ends the connection, and the last one shows it.
-            let ask = |frontend: &Frontend, wanted| {
-                let flag = VhostUserHeaderFlag::NEED_REPLY;
-                frontend.set_hdr_flags(if wanted { flag } else { VhostUserHeaderFlag::empty() });
-            };
-            ask(frontend, acknowledges);
-            frontend.set_mem_table(&regions)?;
-            ask(frontend, false);
-            for (index, ring, next, kick) in &rings {
-                frontend.set_vring_num(*index, ring.queue_size)?;
-                frontend.set_vring_base(*index, *next)?;
-                frontend.set_vring_addr(*index, ring)?;
-                frontend.set_vring_call(*index, interrupt.line())?;
-                frontend.set_vring_kick(*index, kick)?;
+        // All of them: who is called again is told of the last descriptor only.
+        let mut progress = Progress::Done;
+        for index in 0..self.shadows.len() {
+            for done in [self.answer(index)?, self.ask(index)?] {
+                progress = if done == Progress::More { done } else { progress };
             }
-            ask(frontend, acknowledges);
-            for (index, ..) in &rings {
-                frontend.set_vring_enable(*index, true)?;
-            }
-            ask(frontend, false);
-            Ok(())
-        })?;
-        self.running = rings.iter().map(|(index, ..)| *index).collect();
-        Ok(())
-    }
-
-    /// Takes the queues back: it no longer touches guest memory. Answers which it had, and which entry of each it would have taken next.
-    ///
-    /// # Errors
-    /// It does not answer.
-    pub fn stop(&mut self) -> Result<Vec<(usize, u16)>, Lost> {
-        let running = std::mem::take(&mut self.running);
-        if running.is_empty() {
-            return Ok(Vec::new());
         }
-        self.exchange("give the queues back", |frontend| {
-            let stop = |index| {
-                frontend.set_vring_enable(index, false)?;
-                Ok((index, frontend.get_vring_base(index)? as u16))
-            };
-            running.into_iter().map(stop).collect()
-        })
+        Ok(progress)
     }
 
-    /// Whether it is still there.
+    /// Gives the backend what the guest asks in queue `index`, as far as there is room.
     ///
     /// # Errors
-    /// It is not.
-    pub fn check(&self) -> Result<(), Lost> {
-        let mut byte = [0_u8];
-        let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
-        // SAFETY: pointer and length are those of a buffer that lives across the call.
-        let got = unsafe { libc::recv(self.fd(), byte.as_mut_ptr().cast(), byte.len(), flags) };
-        match got {
-            0 => Err(Lost::Gone),
-            // Nobody waits for an answer now (the transport's lock is ours): what it says unasked is its own affair.
-            1.. => Ok(()),
+    /// The guest breaks the rules.
+    pub fn ask(&mut self, index: usize) -> Result<Progress, Trouble> {
+        let (Some(lane), Some(shadow), Some(memory)) =
+            (self.lanes.get_mut(index), self.shadows.get_mut(index), &self.memory)
+        else {
+            return Ok(Progress::Done);
+        };
+        // While the backend does not have its queues the guest's stay as they are: they may be being saved.
+        if !lane.ready || !self.backend.is_running() {
+            return Ok(Progress::Done);
+        }
+        let queue = &mut lane.queue;
+        let (mut given, mut returned) = (0, false);
+        let mut progress = Progress::More;
+        queue.disable_kicks(memory)?;
+        for _ in 0..ROUND {
+            let Some(chain) = queue.pop(memory)? else {
+                if queue.enable_kicks(memory)? {
+                    continue;
+                }
+                progress = Progress::Done;
+                break;
+            };
+            let head = chain.head_index();
+            let (mut question, mut answer) = (Slices::new(), Vec::new());
+            walk(chain, |writable, piece| {
+                let slice = piece.slice(memory)?;
+                if writable {
+                    answer.push(piece)
+                } else {
+                    question.push(slice)
+                }
+                Ok(())
+            })?;
+            let room = answer.iter().map(|piece| piece.length).fold(0, usize::saturating_add);
+            if !Shadow::could_take(queue::total(&question), room) {
+                return Err(GuestError::Chain("a request of more than 4 MiB").into());
+            }
+            if question.is_empty() && answer.is_empty() {
+                queue.push(memory, head, 0)?;
+                returned = true;
+                continue;
+            }
+            if !shadow.give(&question, Request { head, answer })? {
+                // Goes on when an answer makes room.
+                queue.undo_pop();
+                Metrics::add(&self.metrics.waits, 1);
+                progress = Progress::Done;
+                break;
+            }
+            given += 1;
+            Metrics::add(&self.metrics.bytes_out, queue::total(&question));
+        }
+        if given > 0 {
+            Metrics::add(&self.metrics.requests, given);
+            shadow.notify();
+        }
+        if returned {
+            queue.notify(memory)?;
+        }
+        Ok(progress)
+    }
+
+    /// Gives the guest what the backend has answered in queue `index`.
+    fn answer(&mut self, index: usize) -> Result<Progress, Trouble> {
+        let (Some(lane), Some(shadow), Some(memory)) =
+            (self.lanes.get_mut(index), self.shadows.get_mut(index), &self.memory)
+        else {
+            return Ok(Progress::Done);
+        };
+        let mut progress = Progress::More;
+        let mut given = false;
+        for _ in 0..ROUND {
+            let answered = shadow.take(|request, answer| {
+                let room = request.answer.iter().map(|piece| piece.slice(memory));
+                queue::copy(answer, &room.collect::<Result<Slices<'_>, _>>()?);
+                Ok::<_, GuestError>(queue::total(answer))
+            })?;
+            let Some((request, length)) = answered else {
+                progress = Progress::Done;
+                break;
+            };
+            let length = length?;
+            lane.queue.push(memory, request.head, u32::try_from(length).unwrap_or(u32::MAX))?;
+            Metrics::add(&self.metrics.bytes_in, length);
+            given = true;
+        }
+        if given {
+            lane.queue.notify(memory)?;
+        }
+        Ok(progress)
+    }
+
+    /// Waits until the backend has answered everything, and takes its queues back.
+    ///
+    /// # Errors
+    /// It does not, and has them still.
+    pub fn settle(&mut self) -> Result<(), Trouble> {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            for shadow in &self.shadows {
+                // Before the answers are looked at: one that comes later ends the waiting.
+                let _ = shadow.call().read();
+            }
+            for index in 0..self.shadows.len() {
+                while self.answer(index)? == Progress::More {}
+            }
+            if self.shadows.iter().all(Shadow::is_idle) {
+                return Ok(self.backend.stop()?);
+            }
+            self.backend.check()?;
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(Lost::Busy(PATIENCE.as_secs()).into());
+            }
+            self.wait(left)?;
+        }
+    }
+
+    /// Waits for an answer.
+    fn wait(&self, most: Duration) -> Result<(), Lost> {
+        let poll = |fd, events| libc::pollfd { fd, events, revents: 0 };
+        let calls = self.shadows.iter().map(|shadow| poll(shadow.call().as_raw_fd(), libc::POLLIN));
+        let mut fds: Vec<_> = calls.chain([poll(self.backend.fd(), libc::POLLRDHUP)]).collect();
+        // SAFETY: pointer and length are those of a list of initialised entries.
+        let ready = unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, millis(most)) };
+        match ready {
+            0.. => Ok(()),
             _ => match io::Error::last_os_error() {
-                error if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EINTR)) => Ok(()),
-                _ => Err(Lost::Gone),
+                error if error.kind() == io::ErrorKind::Interrupted => Ok(()),
+                error => Err(error.into()),
             },
         }
     }
 
-    /// Says something and waits for the answer, but not for ever: `vhost` knows no timeout and takes one of the socket's
-    /// for a reason to try again, so that a second thread cuts the connection when it takes too long.
-    fn exchange<T>(
-        &mut self,
-        what: &'static str,
-        say: impl FnOnce(&mut Frontend) -> vhost::Result<T>,
-    ) -> Result<T, Lost> {
-        self.exchange_within(PATIENCE, what, say)
-    }
-
-    /// The same for state, of which there may be much: to find each file's path takes a while.
-    pub(super) fn exchange_state<T>(
-        &mut self,
-        what: &'static str,
-        say: impl FnOnce(&mut Frontend) -> vhost::Result<T>,
-    ) -> Result<T, Lost> {
-        self.exchange_within(6 * PATIENCE, what, say)
-    }
-
-    fn exchange_within<T>(
-        &mut self,
-        patience: Duration,
-        what: &'static str,
-        say: impl FnOnce(&mut Frontend) -> vhost::Result<T>,
-    ) -> Result<T, Lost> {
-        let (done, wait) = mpsc::channel::<()>();
-        let (stream, frontend) = (&self.stream, &mut self.frontend);
-        thread::scope(|scope| {
-            let confined = jail::is_confined();
-            let watch = move || {
-                if jail::confine_below(Kind::Watch, confined).is_err() {
-                    return false;
-                }
-                let late = wait.recv_timeout(patience) == Err(RecvTimeoutError::Timeout);
-                if late {
-                    let _ = stream.shutdown(Shutdown::Both);
-                }
-                late
-            };
-            let watch = thread::Builder::new().name("fs-patience".into()).spawn_scoped(scope, watch)?;
-            let answer = say(frontend);
-            drop(done);
-            let late = watch.join().unwrap_or(false);
-            answer.map_err(
-                |error| if late { Lost::Silent(what, patience.as_secs()) } else { refused(what, error) },
-            )
-        })
+    /// After [`Self::settle`]: goes on.
+    ///
+    /// # Errors
+    /// The backend does not take its queues back.
+    pub fn resume(&mut self) -> Result<(), Lost> {
+        if self.is_active() { self.start() } else { Ok(()) }
     }
 }
 
-fn refused(what: &'static str, error: vhost::Error) -> Lost {
-    use vhost::vhost_user::Error as Protocol;
-    match error {
-        vhost::Error::VhostUserProtocol(
-            Protocol::Disconnected | Protocol::SocketBroken(_) | Protocol::PartialMessage,
-        ) => Lost::Gone,
-        other => Lost::Refused(what, other),
-    }
-}
-
-/// Where a queue is, in the monitor's own addresses, which is how vhost-user counts.
-fn ring(memory: &GuestMemory, queue: &Queue) -> Option<VringConfigData> {
-    let host = |address| Some(memory.get_host_address(GuestAddress(address)).ok()? as u64);
-    Some(VringConfigData {
-        queue_max_size: queue.max_size(),
-        queue_size: queue.size(),
-        flags: 0,
-        desc_table_addr: host(queue.desc_table())?,
-        used_ring_addr: host(queue.used_ring())?,
-        avail_ring_addr: host(queue.avail_ring())?,
-        log_addr: None,
-    })
+fn millis(duration: Duration) -> libc::c_int {
+    libc::c_int::try_from(duration.as_millis()).unwrap_or(libc::c_int::MAX).max(1)
 }

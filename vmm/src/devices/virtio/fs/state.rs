@@ -8,7 +8,7 @@ use std::os::fd::FromRawFd;
 use vhost::vhost_user::message::{VhostTransferStateDirection, VhostTransferStatePhase};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 
-use super::handler::{Backend, Lost};
+use super::frontend::{Backend, Lost};
 
 /// Most bytes of state: some hundred for each file that the guest knows.
 const MAX_STATE: u64 = 256 << 20;

@@ -75,8 +75,7 @@ pub struct MmioTransport {
     state: Mutex<State>,
     interrupt: Arc<Interrupt>,
     memory: Arc<GuestMemory>,
-    kicks: Arc<[EventFd]>,
-    remote: bool,
+    kicks: Vec<EventFd>,
     kick_count: AtomicU64,
     /// The configuration space is not what the driver saw before it was saved.
     changed: AtomicBool,
@@ -110,8 +109,6 @@ impl MmioTransport {
             .map(|_| EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC))
             .collect::<io::Result<_>>()?;
         let queues = fresh_queues(device.as_ref());
-        let remote = device.is_remote();
-        let interrupt = if remote { Interrupt::with_shared_line(line) } else { Interrupt::new(line) };
         let state = State {
             device,
             status: 0,
@@ -125,24 +122,18 @@ impl MmioTransport {
         };
         Ok(Self {
             state: Mutex::new(state),
-            interrupt: Arc::new(interrupt),
+            interrupt: Arc::new(Interrupt::new(line)),
             memory,
             kicks,
-            remote,
             kick_count: AtomicU64::new(0),
             changed: AtomicBool::new(false),
             generation: AtomicU32::new(now_ns() as u32),
         })
     }
 
-    /// One eventfd per queue, written when the driver notifies it.
+    /// One eventfd per queue, written when the driver notifies it. They are watched edge-triggered and never read.
     pub fn kicks(&self) -> &[EventFd] {
         &self.kicks
-    }
-
-    /// Those to be served in the event loop. They are watched edge-triggered and never read.
-    pub fn local_kicks(&self) -> &[EventFd] {
-        if self.remote { &[] } else { &self.kicks }
     }
 
     /// The device's host descriptors.
@@ -327,7 +318,6 @@ impl MmioTransport {
             queues: std::mem::take(&mut state.queues),
             interrupt: Arc::clone(&self.interrupt),
             features: state.driver_features,
-            kicks: Arc::clone(&self.kicks),
         };
         state.device.activate(activation);
         state.active = true;

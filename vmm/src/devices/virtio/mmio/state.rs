@@ -96,7 +96,7 @@ impl MmioTransport {
             driver_features_sel: state.driver_features_sel,
             queue_sel: state.queue_sel,
             active: state.active,
-            interrupt: self.interrupt.pending(),
+            interrupt: self.interrupt.status(),
             queues: queues.into_iter().map(SavedQueue::from).collect(),
             own,
         })
@@ -202,7 +202,7 @@ mod tests {
     use crate::devices::virtio::net::{Net, Stream};
     use crate::devices::virtio::rng::Rng;
     use crate::devices::virtio::vsock::Vsock;
-    use crate::memory::{Backing, create};
+    use crate::memory::create;
 
     fn disk(directory: &Path, read_only: bool) -> Box<dyn VirtioDevice> {
         let path = directory.join("disk");
@@ -366,7 +366,7 @@ mod tests {
                 bytes[at] = value;
             }
             let Ok(state) = postcard::from_bytes::<TransportState>(&bytes) else { return Ok(()) };
-            let memory = Arc::new(create(END, Backing::Private).unwrap());
+            let memory = Arc::new(create(END).unwrap());
             let line = EventFd::new(libc::EFD_NONBLOCK).unwrap();
             let transport = MmioTransport::new(disk(place.path(), false), memory, line).unwrap();
             if transport.restore(&state).is_ok() {
