@@ -17,6 +17,7 @@ use vmm::config::{
 };
 pub use vmm::config::{DiskConfig, MAX_LAYERS};
 use vmm::control::Method;
+use vmm::error::{STATUS_IO, STATUS_OS};
 use vmm::snapshot::working_set::WORKING_SET;
 
 use crate::jail::{Cell, Process, Spawn};
@@ -327,9 +328,12 @@ impl Monitor {
             if ended {
                 let happened = match self.origin.take() {
                     None => "the microVM ended before its agent was up".to_owned(),
-                    // It says nothing about the template.
+                    // They say nothing about the template.
                     Some(Origin::Template(_)) if self.was_killed() => {
                         "the microVM was killed before its agent was up".to_owned()
+                    }
+                    Some(Origin::Template(_)) if self.was_let_down() => {
+                        "the microVM ended before its agent was up".to_owned()
                     }
                     Some(Origin::Template(template)) => {
                         // Whatever is wrong with it, the next one will be made anew.
@@ -386,6 +390,12 @@ impl Monitor {
     /// Whether somebody has killed it, rather than that it came to an end of its own.
     fn was_killed(&mut self) -> bool {
         self.child.wait().is_ok_and(|status| status.signal() == Some(libc::SIGKILL))
+    }
+
+    /// Whether the host refused it something, as memory, or its file server ended.
+    fn was_let_down(&mut self) -> bool {
+        let hosts = [STATUS_OS, STATUS_IO].map(i32::from);
+        self.child.wait().is_ok_and(|status| status.code().is_some_and(|code| hosts.contains(&code)))
     }
 
     /// Whether it has ended, or does so in a moment: a connection that it had breaks off just before.
