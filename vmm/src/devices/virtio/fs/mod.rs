@@ -1,7 +1,7 @@
 //! File system device (section 5.11): a directory of the host, served by another process.
 //!
 //! The monitor is a vhost-user *frontend* here: it tells a backend (virtiofsd) over a unix socket where the queues are, and hands it
-//! the eventfds. These queues are the monitor's own (see [`shadow`]): the guest's requests and their answers are copied between them
+//! the eventfds. These queues are the monitor's own (`shadow.rs`): the guest's requests and their answers are copied between them
 //! and the guest's, so that the backend sees nothing else of the guest.
 //!
 //! No driver survives the loss of its backend (requests under way are never answered, processes that wait for them cannot
