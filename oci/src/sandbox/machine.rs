@@ -106,6 +106,7 @@ impl Machine {
             // /dev/net/tun has been opened above. If this one does not open, the monitor says why.
             links.kvm = File::options().read(true).write(true).open("/dev/kvm").ok().map(OwnedFd::from);
             group.add(container.sandbox)?;
+            trace::mark("cgroup joined");
         }
         if let Some((namespace, server)) = name_server {
             network::names::serve(namespace, server, &files.names())?;

@@ -148,8 +148,10 @@ impl Sandbox {
             }
         };
         let stand_in = StandIn::start(&network, &plan.partners)?;
+        trace::mark("stand-in started");
         if let Some(group) = &container.cgroup {
             group.make(stand_in.pid, &plan.bundle.resources, container.machine_mib)?;
+            trace::mark("cgroup made");
         }
         container.pid = stand_in.pid;
         container.pid_start = start_of(container.pid).unwrap_or(0);

@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use bulkhead_runtime::state::now_ns;
 use bulkhead_runtime::supervise::Wire;
 use bulkhead_runtime::terminal::{Raw, Signals};
-use bulkhead_runtime::{Artefacts, Context as _, Error, Result, logs};
+use bulkhead_runtime::{Artefacts, Context as _, Error, Result, logs, trace};
 use rustix::event::{PollFd, PollFlags, poll};
 
 use super::life;
@@ -69,6 +69,7 @@ fn make(context: &Context, wish: &Create, detach: bool) -> Result<i32> {
     if let Some(pod) = pod.as_ref().filter(|_| bundle.needs_shares()) {
         pod.shares()?;
     }
+    trace::mark("bundle read");
     let files = context.root.reserve(&wish.id)?;
     let container = Container {
         id: wish.id.clone(),

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use vmm::config::{Config, DiskConfig, NetworkConfig};
 use vmm::control::{Client, ClientError, Method, SnapshotRequest};
+use vmm::snapshot::PARTIAL;
 
 use super::rehearse::rehearse;
 use super::{Failed, Wanted, empty_share, forget_failure};
@@ -70,13 +71,20 @@ pub(super) fn make(
     let run = layout.run.join(format!("{PREFIX}{}", names::hex(&name)));
     private_dir(&run)?;
     let files = Files { dir: run.clone(), run: run.clone() };
+    // Under this name it is half-made to who comes later. It gets its own when nothing else is left of the making: whoever finds a template
+    // does not clear away what another has left.
+    let mut unfinished = directory.as_os_str().to_owned();
+    unfinished.push(".made");
+    unfinished.push(PARTIAL);
+    let unfinished = PathBuf::from(unfinished);
     let made =
         boot(artefacts, &files, wanted, interrupt, given_up).map_err(Failed::Boot).and_then(|monitor| {
             rehearse(&files, Vec::new())?;
-            Ok(save(monitor, &files, directory)?)
+            Ok(save(monitor, &files, &unfinished)?)
         });
     let _ = fs::remove_dir_all(&run);
     made?;
+    fs::rename(&unfinished, directory).context(|| format!("cannot create {}", directory.display()))?;
     if let Some(home) = directory.parent() {
         forget_failure(home).context(|| format!("cannot tidy {}", home.display()))?;
     }
