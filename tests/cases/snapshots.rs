@@ -161,6 +161,47 @@ fn directories_of_the_host_and_files_open_in_them_go_along(host: &Host) -> Resul
     Ok(fs::remove_dir_all(snapshot)?)
 }
 
+test!(a_directory_that_is_written_to_and_read_all_the_time_goes_along, BUSYBOX.deadline(240));
+fn a_directory_that_is_written_to_and_read_all_the_time_goes_along(host: &Host) -> Result<()> {
+    let shared = host.work().join("busy");
+    fs::create_dir(&shared)?;
+    let volume = format!("{}:/v", shared.display());
+    // Three at once, each with a file that always has the same content: whoever has written it, it is right.
+    let script = "seq 1 20000 > /tmp/right; sum=$(md5sum < /tmp/right); work() { i=0; while :; do \
+        dd if=/tmp/right of=/v/$1 bs=16k conv=notrunc 2>/dev/null || echo $1 failed; echo 3 >/proc/sys/vm/drop_caches; \
+        [ \"$(md5sum < /v/$1)\" = \"$sum\" ] || echo $1 wrong; i=$((i+1)); echo $i $1; done; }; work a & work b & work c & wait";
+    let words =
+        ["run", "-d", "--privileged", "--name", "first", "-v", &volume, "busybox", "sh", "-c", script];
+    host.bulkhead(words)?.ok()?;
+    // Each of the three has done so much.
+    let does_more = |name: &str| -> Result<()> {
+        let so_far = said(host, name)?;
+        let count = |lines: &[(u64, String)], who: &str| lines.iter().filter(|(_, word)| word == who).count();
+        host.eventually(&format!("{name} to work on"), PATIENCE, || {
+            let now = said(host, name)?;
+            Ok(["a", "b", "c"].iter().all(|who| count(&now, who) >= count(&so_far, who) + 2))
+        })
+    };
+    does_more("first")?;
+    let saved: Vec<String> =
+        (0..2).map(|number| host.work().join(format!("busy-{number}")).display().to_string()).collect();
+    for directory in &saved {
+        host.bulkhead(["snapshot", "first", directory])?.ok()?;
+        does_more("first")?;
+    }
+    host.bulkhead(["rm", "-f", "first"])?.ok()?;
+    for directory in &saved {
+        host.bulkhead(["restore", "-d", "--name", "copy", directory])?.ok()?;
+        does_more("copy")?;
+        let fork = host.bulkhead(["fork", "--name", "fork", "copy"])?.ok()?.stdout();
+        ensure!(!fork.is_empty());
+        does_more("fork")?;
+        host.bulkhead(["rm", "-f", "copy", "fork"])?.ok()?;
+        fs::remove_dir_all(directory)?;
+    }
+    Ok(fs::remove_dir_all(shared)?)
+}
+
 test!(what_does_not_fit_is_refused_and_leaves_nothing, BUSYBOX.deadline(120));
 fn what_does_not_fit_is_refused_and_leaves_nothing(host: &Host) -> Result<()> {
     let shared = host.work().join("shared");
