@@ -147,6 +147,12 @@ pub struct RunArgs {
     /// Size of the writable layer, like 2g; 0 keeps it in the guest's memory [default: 10g, taken as it is used].
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub storage: Option<u64>,
+    /// Most bytes a second that each of its disks (image, writable layer) reads and writes, like 10m [default: no limit].
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "0", hide_default_value = true)]
+    pub storage_bps: u64,
+    /// Most requests a second that each of its disks has [default: no limit].
+    #[arg(long, value_name = "NUMBER", default_value = "0", hide_default_value = true)]
+    pub storage_iops: u64,
     /// Signal that `stop` sends.
     #[arg(long, value_name = "SIGNAL")]
     pub stop_signal: Option<String>,

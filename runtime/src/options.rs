@@ -61,6 +61,8 @@ pub struct RunOptions {
     pub pids_limit: Option<u64>,
     /// Bytes of the writable layer; 0 keeps it in the guest's memory.
     pub storage: Option<u64>,
+    /// Bytes and requests that its disks may move and have in a second; 0 of either is no limit.
+    pub storage_limit: StorageLimit,
     /// Signal that `stop` sends, replaces the image's.
     pub stop_signal: Option<String>,
     /// What typing detaches from a terminal, in docker's notation.
@@ -83,6 +85,16 @@ impl RunOptions {
     pub fn covers(&self, path: &str) -> bool {
         self.binds.iter().any(|bind| Path::new(path).starts_with(&bind.target))
     }
+}
+
+/// What a container may have its disks do in a second.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct StorageLimit {
+    /// Bytes read and written, of each disk.
+    pub bytes: u64,
+    /// Requests, of each disk.
+    pub requests: u64,
 }
 
 /// What `--security-opt` changes.

@@ -79,6 +79,30 @@ fn cpus(host: &Host) -> Result<()> {
     Ok(())
 }
 
+test!(storage_limits, BUSYBOX.deadline(120));
+fn storage_limits(host: &Host) -> Result<()> {
+    // 8 MiB to the disk and back, of which a tenth of a second's worth is free at once. Longer it may take, shorter never.
+    let script = "dd if=/dev/zero of=/f bs=1M count=8 conv=fsync 2>/dev/null && \
+        echo 3 >/proc/sys/vm/drop_caches && dd if=/f of=/dev/null bs=1M 2>/dev/null && echo done";
+    let took = |flags: &[&str]| -> Result<f64> {
+        let flags = [&["--privileged"], flags].concat();
+        Ok(shell(host, &flags, script)?.ok()?.stdout_is("done\n")?.took.as_secs_f64())
+    };
+    let free = took(&[])?;
+    let bytes = took(&["--storage-bps", "4m"])?;
+    let requests = took(&["--storage-iops", "10"])?;
+    ensure!(
+        free < 2.0 && bytes > 3.8 && requests > 1.0,
+        "{free} s; by bytes {bytes} s, by requests {requests} s"
+    );
+    for (flag, value) in [("--storage-bps", "fast"), ("--storage-bps", "-1"), ("--storage-iops", "1.5")] {
+        host.bulkhead(["run", "--rm", &format!("{flag}={value}"), "busybox", "true"])?
+            .status_is(125)?
+            .stderr_has(flag)?;
+    }
+    Ok(())
+}
+
 test!(read_only, BUSYBOX);
 fn read_only(host: &Host) -> Result<()> {
     shell(host, &["--read-only"], "touch /x")?.failed()?.stderr_has("read-only file system")?;

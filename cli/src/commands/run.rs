@@ -4,7 +4,7 @@ use bulkhead_image::{Image, Store};
 use bulkhead_runtime::binds::Mounting;
 use bulkhead_runtime::launch::{self, Launched};
 use bulkhead_runtime::network::{NetworkWish, Port};
-use bulkhead_runtime::options::RunOptions;
+use bulkhead_runtime::options::{RunOptions, StorageLimit};
 use bulkhead_runtime::{Error, Layout, Settings, doctor, trace};
 
 use super::{environment, store};
@@ -47,6 +47,7 @@ pub fn run(layout: &Layout, settings: &Settings, args: RunArgs) -> Outcome {
         ulimits: args.ulimit,
         sysctls: args.sysctl,
         storage: args.storage,
+        storage_limit: StorageLimit { bytes: args.storage_bps, requests: args.storage_iops },
         stop_signal: args.stop_signal,
         detach_keys: args.detach_keys,
         network: network(args.network.map_or_else(|| settings.run.network(), Ok)?, &args.publish)?,

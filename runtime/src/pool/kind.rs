@@ -9,7 +9,7 @@ use vmm::config::EmptyNetwork;
 use super::Wishes;
 use crate::monitor::Shape;
 use crate::network::NetworkWish;
-use crate::options::RunOptions;
+use crate::options::{RunOptions, StorageLimit};
 use crate::state::RECORD_VERSION;
 use crate::supervise::disks;
 use crate::template::{self, Wanted};
@@ -36,7 +36,8 @@ pub(super) fn of(
         NetworkWish::Passt => vec![EmptyNetwork::Stream],
         NetworkWish::Namespace(_) => return Ok(None),
     };
-    if !options.binds.is_empty() || !options.publish.is_empty() {
+    let limited = options.storage_limit != StorageLimit::default();
+    if !options.binds.is_empty() || !options.publish.is_empty() || limited {
         return Ok(None);
     }
     let settings = &artefacts.settings;

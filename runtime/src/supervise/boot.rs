@@ -1,19 +1,20 @@
 //! What is made before a container runs: disks, shares and network, the microVM, and the container in it.
 
 use std::fs::File;
+use std::num::NonZeroU64;
 use std::path::PathBuf;
 
 use bulkhead_protocol::agent::{
     ConfigureRequest, ContainerRequest, CreateContainerRequest, CreateContainerResponse, Empty, Filesystem,
     Rootfs, Stdio,
 };
-use vmm::config::DiskConfig;
+use vmm::config::{DiskConfig, LimitConfig};
 
 use super::{Ask, Plan, Supervisor, cannot_start, ends_a_program};
 use crate::guest::{self, Agent};
 use crate::monitor::{Links, Monitor, Origin, Shape};
 use crate::network::{self, Network, NetworkWish, Passt};
-use crate::options::RunOptions;
+use crate::options::{RunOptions, StorageLimit};
 use crate::relay::{Ends, Relay, Streams};
 use crate::shares::Lifetime;
 use crate::state::Record;
@@ -37,7 +38,8 @@ impl Supervisor {
         if has_scratch {
             trace::mark("scratch disk made");
         }
-        let disks = disks(&self.plan.layers, has_scratch.then(|| files.scratch()));
+        let mut disks = disks(&self.plan.layers, has_scratch.then(|| files.scratch()));
+        limit(&mut disks, record.options.storage_limit);
         if let Some(shares) = shares {
             let path = files.shares_log();
             let log = File::create(&path).context(|| format!("cannot create {}", path.display()))?;
@@ -172,6 +174,16 @@ pub(crate) fn disks(layers: &[PathBuf], scratch: Option<PathBuf>) -> Vec<DiskCon
         ..DiskConfig::default()
     });
     [layers].into_iter().chain(scratch).collect()
+}
+
+/// Limits what the guest may have them do.
+fn limit(disks: &mut [DiskConfig], limit: StorageLimit) {
+    let (bytes_per_second, requests_per_second) =
+        (NonZeroU64::new(limit.bytes), NonZeroU64::new(limit.requests));
+    let limit = LimitConfig { bytes_per_second, requests_per_second };
+    if limit != LimitConfig::default() {
+        disks.iter_mut().for_each(|disk| disk.limit = Some(limit));
+    }
 }
 
 /// Joins the network that was wished for.

@@ -1,6 +1,7 @@
 //! What a machine's devices are connected to.
 
 use std::io;
+use std::num::NonZeroU64;
 use std::os::fd::{FromRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -35,6 +36,21 @@ pub struct DiskConfig {
     /// `eject-disk`). The guest finds a drive that can be written, also while its disk is `read_only`.
     #[serde(default, skip_serializing_if = "is_false")]
     pub removable: bool,
+    /// How much the guest may have it do; absent: as much as it likes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit: Option<LimitConfig>,
+}
+
+/// How much may be done in a second; what is not used is kept for a tenth of one.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LimitConfig {
+    /// Bytes read and written together.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes_per_second: Option<NonZeroU64>,
+    /// Requests of any kind.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub requests_per_second: Option<NonZeroU64>,
 }
 
 fn is_false(value: &bool) -> bool {

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-pub use devices::{DiskConfig, EmptyNetwork, FilesystemConfig, NetworkConfig};
+pub use devices::{DiskConfig, EmptyNetwork, FilesystemConfig, LimitConfig, NetworkConfig};
 pub use jail::{JailConfig, User};
 
 use crate::arch::layout;

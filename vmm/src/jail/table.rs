@@ -149,6 +149,7 @@ pub const TABLE: &[Entry] = &[
     entry(Sysno::nanosleep, MAIN, Always, "a moment between two looks"),
     entry(Sysno::clock_nanosleep, MAIN, Always, "the same in later libraries"),
     entry(Sysno::eventfd2, MAIN, Always, "a device that calls itself again"),
+    entry(Sysno::timerfd_settime, MAIN, Always, "a disk that has done what it may in a time"),
     entry(
         Sysno::getrandom,
         MAIN | VCPU,

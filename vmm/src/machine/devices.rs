@@ -73,6 +73,7 @@ impl Devices {
                 Some(content) => Block::new(&disk.id, content),
                 None => Block::empty(&disk.id, disk.read_only),
             };
+            let block = block.with_limit(disk.limit.as_ref()).map_err(Error::os("make a timer"))?;
             slots.attach(Box::new(block))?;
         }
         for filesystem in &config.filesystems {

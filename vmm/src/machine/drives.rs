@@ -49,7 +49,7 @@ impl Running {
         })?;
         let id = self.config.disks.get(number).map(|disk| disk.id.clone()).unwrap_or_default();
         let read_only = read_only || !layers.is_empty();
-        let disk = DiskConfig { id, path, layers, read_only, empty: false, removable: true };
+        let disk = DiskConfig { id, path, layers, read_only, empty: false, removable: true, limit: None };
         disk.check()?;
         let content = opened(&disk, files)?;
         self.check_alone(&disk, &content)?;

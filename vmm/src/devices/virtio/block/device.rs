@@ -1,5 +1,7 @@
 //! What the guest sees of a disk.
 
+use std::io;
+use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use virtio_bindings::virtio_blk::{
@@ -11,8 +13,10 @@ use virtio_queue::QueueState;
 
 use super::disk::{Disk, SECTOR};
 use super::handler::Handler;
+use super::limit::Limit;
 use super::metrics::Metrics;
 use super::request::MAX_RANGES;
+use crate::config::LimitConfig;
 use crate::devices::virtio::queue::DeviceQueue;
 use crate::devices::virtio::{Activation, F_COMMON, GuestError, Progress, VirtioDevice};
 
@@ -31,6 +35,7 @@ pub struct Block {
     features: u64,
     config: Vec<u8>,
     handler: Option<Handler>,
+    limit: Option<Limit>,
     metrics: Arc<Metrics>,
 }
 
@@ -51,6 +56,14 @@ impl Block {
         Self::drive(id, read_only, None)
     }
 
+    /// The same, limited.
+    ///
+    /// # Errors
+    /// Out of descriptors.
+    pub fn with_limit(self, limit: Option<&LimitConfig>) -> io::Result<Self> {
+        Ok(Self { limit: limit.map(Limit::new).transpose()?, ..self })
+    }
+
     fn sectors(disk: Option<&Disk>) -> u64 {
         disk.map_or(0, Disk::length) / SECTOR
     }
@@ -68,6 +81,7 @@ impl Block {
             disk: disk.map(Arc::new),
             features,
             handler: None,
+            limit: None,
             metrics: Arc::new(Metrics::default()),
         }
     }
@@ -131,7 +145,17 @@ impl VirtioDevice for Block {
     }
 
     fn queue_event(&mut self, _: usize) -> Result<Progress, GuestError> {
-        self.handler.as_mut().map_or(Ok(Progress::Done), Handler::process)
+        let limit = self.limit.as_mut();
+        self.handler.as_mut().map_or(Ok(Progress::Done), |handler| handler.process(limit))
+    }
+
+    fn host_fds(&self) -> Vec<RawFd> {
+        self.limit.iter().map(Limit::fd).collect()
+    }
+
+    /// What was not admitted may be now.
+    fn host_event(&mut self, _: RawFd) -> Result<Progress, GuestError> {
+        self.queue_event(0)
     }
 
     fn disk(&self) -> Option<Arc<Disk>> {
@@ -145,7 +169,7 @@ impl VirtioDevice for Block {
                 handler.disk = None;
                 // Requests that wait were meant for the disk that was there: they end with an error, and none of them comes
                 // to the next one.
-                handler.process()
+                handler.process(None)
             }
             None => Ok(Progress::Done),
         };

@@ -10,11 +10,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP};
 
 use super::disk::Disk;
+use super::limit::Limit;
 use super::metrics::Metrics;
 use super::request::{Operation, Range, Request};
 use crate::devices::virtio::queue::{self, Buffers, DeviceQueue};
 use crate::devices::virtio::{GuestError, Progress};
 use crate::memory::GuestMemory;
+use crate::timeline::now_ns;
 
 /// Bytes after whose moving others have their turn: a ring full of the largest requests is 4 GiB.
 const ROUND_BYTES: usize = 32 << 20;
@@ -34,9 +36,13 @@ pub struct Handler {
 impl Handler {
     /// Works off what is available, at most one round of the ring, and about [`ROUND_BYTES`].
     ///
+    /// Stops at a request that `limit` does not admit yet, which is to call again then. Requests to a drive that is empty move nothing and
+    /// are not limited.
+    ///
     /// # Errors
     /// When the guest breaks the rules.
-    pub fn process(&mut self) -> Result<Progress, GuestError> {
+    pub fn process(&mut self, limit: Option<&mut Limit>) -> Result<Progress, GuestError> {
+        let mut limit = limit.filter(|_| self.disk.is_some());
         let memory = Arc::clone(&self.memory);
         self.queue.disable_kicks(&memory)?;
         let mut moved = 0_usize;
@@ -53,7 +59,14 @@ impl Handler {
             };
             let head = chain.head_index();
             let request = Request::parse(Buffers::of(&memory, chain)?)?;
-            moved = moved.saturating_add(request.operation.bytes());
+            let bytes = request.operation.bytes();
+            if limit.as_mut().is_some_and(|limit| !limit.admits(now_ns(), bytes)) {
+                self.queue.undo_pop();
+                self.metrics.limited.fetch_add(1, Ordering::Relaxed);
+                self.queue.notify(&memory)?;
+                return Ok(Progress::Done);
+            }
+            moved = moved.saturating_add(bytes);
             let (status, written) = match self.execute(request.operation) {
                 Ok(Done::Written(bytes)) => (VIRTIO_BLK_S_OK, bytes),
                 Ok(Done::Unsupported) => (VIRTIO_BLK_S_UNSUPP, 0),

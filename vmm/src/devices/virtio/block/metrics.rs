@@ -21,6 +21,8 @@ pub struct Metrics {
     pub discards: AtomicU64,
     /// Requests answered with an error.
     pub errors: AtomicU64,
+    /// How often a request had to wait for the disk's limit.
+    pub limited: AtomicU64,
 }
 
 impl Metrics {
@@ -35,6 +37,7 @@ impl Metrics {
             "flushes": get(&self.flushes),
             "discards": get(&self.discards),
             "errors": get(&self.errors),
+            "limited": get(&self.limited),
         })
     }
 }

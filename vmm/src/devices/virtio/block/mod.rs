@@ -5,6 +5,7 @@ mod device;
 pub mod disk;
 pub mod gpt;
 mod handler;
+mod limit;
 mod metrics;
 mod request;
 #[cfg(test)]

@@ -1,9 +1,12 @@
 //! Disks that change under a guest.
 
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use super::Block;
 use super::disk::Disk;
+use crate::config::LimitConfig;
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::driver::{DATA, Driver, WRITE};
 
@@ -118,4 +121,50 @@ fn make_fifo(path: &Path) {
     let path = std::ffi::CString::new(path.as_os_str().as_encoded_bytes()).unwrap();
     // SAFETY: a C string that lives during the call.
     assert_eq!(unsafe { libc::mkfifo(path.as_ptr(), 0o600) }, 0);
+}
+
+#[test]
+fn a_limited_disk_does_what_it_may_and_goes_on_by_itself() {
+    let place = tempfile::tempdir().unwrap();
+    let path = file(place.path(), "disk", 8, 7);
+    // One at once, and 20 more in each second.
+    let config = LimitConfig { requests_per_second: NonZeroU64::new(20), ..LimitConfig::default() };
+    let block = Block::new("disk", Disk::raw(&path, false).unwrap()).with_limit(Some(&config)).unwrap();
+    let mut driver = Driver::new(Box::new(block));
+    for _ in 0..16 {
+        ask(&mut driver, IN);
+    }
+    let start = Instant::now();
+    driver.kick(0);
+    // A tenth of a second's are two, and one that goes into debt.
+    let at_once = driver.used(0).0;
+    assert!((1..16).contains(&at_once), "{at_once}");
+    while driver.used(0).0 < 16 {
+        assert!(start.elapsed() < Duration::from_secs(30), "{} of 16", driver.used(0).0);
+        std::thread::sleep(Duration::from_millis(5));
+        for fd in driver.transport.host_fds() {
+            // As the event loop, which calls when the timer has run out; a look before changes nothing.
+            driver.transport.host_event(fd);
+        }
+    }
+    // 13 at 50 ms each; never sooner, whatever else this machine does.
+    assert!(start.elapsed() >= Duration::from_millis(13 * 50 - 10), "{:?}", start.elapsed());
+    assert_eq!((answer(&driver), driver.get(DATA + 512, 1)[0]), (OK, 7));
+}
+
+#[test]
+fn what_waits_for_a_limit_is_saved_as_not_asked_yet() {
+    let place = tempfile::tempdir().unwrap();
+    let path = file(place.path(), "disk", 8, 7);
+    let config = LimitConfig { bytes_per_second: NonZeroU64::new(1), ..LimitConfig::default() };
+    let limited = || Block::new("disk", Disk::raw(&path, false).unwrap()).with_limit(Some(&config)).unwrap();
+    let mut driver = Driver::new(Box::new(limited()));
+    for _ in 0..3 {
+        ask(&mut driver, IN);
+    }
+    driver.kick(0);
+    assert_eq!(driver.used(0).0, 1, "the first goes into debt, the others wait for minutes");
+    let unlimited = Block::new("disk", Disk::raw(&path, false).unwrap());
+    let driver = driver.move_to(Box::new(unlimited)).unwrap();
+    assert_eq!(driver.used(0).0, 3);
 }
