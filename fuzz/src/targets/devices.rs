@@ -17,11 +17,10 @@ use vmm::devices::virtio::fs::Fs;
 use vmm::devices::virtio::net::{Net, Stream};
 use vmm::devices::virtio::rng::Rng;
 use vmm::exit::ExitRequest;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::backend;
 use super::packets::Sockets;
-use vmm_sys_util::sock_ctrl_msg::ScmSocket;
-
 use crate::bytes::{Bytes, Script};
 use crate::guest::{Host, WRITE, play};
 use crate::{Seed, Target, seed};

@@ -16,7 +16,7 @@ use vm_memory::{
 
 use crate::arch::layout;
 use crate::error::{Error, Result};
-pub use sealed::sealed_file;
+pub use sealed::{memory_file, sealed_file};
 
 /// The guest's memory as devices see it.
 pub type GuestMemory = GuestMemoryMmap<()>;

@@ -13,7 +13,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 pub fn sealed_file(name: &CStr, length: u64) -> io::Result<File> {
     let base = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
     // Kernels before 6.3 know no NOEXEC_SEAL, later ones complain where it is not used.
-    let file = make(name, base | libc::MFD_NOEXEC_SEAL).or_else(|_| make(name, base))?;
+    let file = memory_file(name, base | libc::MFD_NOEXEC_SEAL).or_else(|_| memory_file(name, base))?;
     file.set_len(length)?;
     let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
     // SAFETY: F_ADD_SEALS takes no pointers.
@@ -23,7 +23,11 @@ pub fn sealed_file(name: &CStr, length: u64) -> io::Result<File> {
     Ok(file)
 }
 
-fn make(name: &CStr, flags: libc::c_uint) -> io::Result<File> {
+/// A file that is nothing but memory. `flags`: those of memfd_create(2).
+///
+/// # Errors
+/// Out of descriptors or memory.
+pub fn memory_file(name: &CStr, flags: libc::c_uint) -> io::Result<File> {
     // SAFETY: the name is a C string.
     let fd = unsafe { libc::memfd_create(name.as_ptr(), flags) };
     if fd < 0 {

@@ -11,14 +11,15 @@
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::{DISK, Opened, file, frame};
+use super::{DISK, Extent, Opened, file, frame};
+use crate::arch::layout::PAGE;
 use crate::devices::virtio::block::backup::{self, CLUSTER, Digest, is_zero, read_at};
-use crate::snapshot::memory::data_of;
 
 /// How the names of packed copies end.
 pub const PACKED: &str = ".packed";
@@ -258,6 +259,33 @@ impl Saved {
         }
         Ok(digest)
     }
+}
+
+/// What of a raw copy of `length` bytes is there.
+fn data_of(file: &File, length: u64) -> io::Result<Vec<Extent>> {
+    let seek = |from: u64, whence| {
+        let from = libc::off_t::try_from(from).map_err(io::Error::other)?;
+        // SAFETY: takes no pointers. Nobody else uses the file's position.
+        let at = unsafe { libc::lseek(file.as_raw_fd(), from, whence) };
+        u64::try_from(at).map_err(|_| io::Error::last_os_error())
+    };
+    let mut found = Vec::new();
+    let mut position = 0;
+    while position < length {
+        let start = match seek(position, libc::SEEK_DATA) {
+            Ok(start) => start / PAGE * PAGE,
+            // No data after this.
+            Err(error) if error.raw_os_error() == Some(libc::ENXIO) => break,
+            Err(error) => return Err(error),
+        };
+        let end = seek(start, libc::SEEK_HOLE)?.next_multiple_of(PAGE).min(length);
+        if end <= start {
+            return Err(io::Error::new(ErrorKind::InvalidData, "the disk's holes are not where they were"));
+        }
+        found.push(Extent { offset: start, length: end - start });
+        position = end;
+    }
+    Ok(found)
 }
 
 fn read_index(file: &File) -> io::Result<Index> {

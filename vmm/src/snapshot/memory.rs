@@ -9,7 +9,6 @@
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
 use serde::{Deserialize, Serialize};
@@ -314,36 +313,6 @@ fn touched(bytes: &[u8], origin: &[Extent], place: u64) -> io::Result<Vec<Extent
     }
     found.extend(within(origin, place, bytes.len() as u64));
     found.sort_by_key(|extent| extent.offset);
-    Ok(found)
-}
-
-/// What of a memory file of `length` bytes is there.
-pub(super) fn data_of(file: &File, length: u64) -> io::Result<Vec<Extent>> {
-    let seek = |from: u64, whence| {
-        let from = libc::off_t::try_from(from).map_err(io::Error::other)?;
-        // SAFETY: takes no pointers. Nobody else uses the file's position.
-        let at = unsafe { libc::lseek(file.as_raw_fd(), from, whence) };
-        u64::try_from(at).map_err(|_| io::Error::last_os_error())
-    };
-    let mut found = Vec::new();
-    let mut position = 0;
-    while position < length {
-        let start = match seek(position, libc::SEEK_DATA) {
-            Ok(start) => start / PAGE * PAGE,
-            // No data after this.
-            Err(error) if error.raw_os_error() == Some(libc::ENXIO) => break,
-            Err(error) => return Err(error),
-        };
-        let end = seek(start, libc::SEEK_HOLE)?.next_multiple_of(PAGE).min(length);
-        if end <= start {
-            return Err(io::Error::new(
-                ErrorKind::InvalidData,
-                "the memory file's holes are not where they were",
-            ));
-        }
-        found.push(Extent { offset: start, length: end - start });
-        position = end;
-    }
     Ok(found)
 }
 

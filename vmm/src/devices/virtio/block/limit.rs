@@ -77,11 +77,9 @@ impl Limit {
             self.requests.as_mut().map(|bucket| (bucket, 1)),
         ];
         let wait = buckets.iter().flatten().map(|(bucket, _)| bucket.wait(now)).max().unwrap_or(0);
-        if wait > 0 {
-            // A timer that cannot be set would leave the guest waiting for ever: rather without a limit.
-            if self.timer.reset(Duration::from_nanos(wait), None).is_ok() {
-                return false;
-            }
+        // A timer that cannot be set would leave the guest waiting for ever: rather without a limit.
+        if wait > 0 && self.timer.reset(Duration::from_nanos(wait), None).is_ok() {
+            return false;
         }
         for (bucket, amount) in buckets.into_iter().flatten() {
             bucket.spend(now, amount);

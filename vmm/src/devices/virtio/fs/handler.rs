@@ -170,16 +170,17 @@ impl Handler {
                 }
                 Ok(())
             })?;
-            let room = answer.iter().map(|piece| piece.length).fold(0, usize::saturating_add);
-            if !Shadow::could_take(queue::total(&question), room) {
+            let request = Request { head, answer };
+            let asked = queue::total(&question);
+            if !Shadow::could_take(asked, request.room()) {
                 return Err(GuestError::Chain("a request of more than 4 MiB").into());
             }
-            if question.is_empty() && answer.is_empty() {
+            if question.is_empty() && request.answer.is_empty() {
                 queue.push(memory, head, 0)?;
                 returned = true;
                 continue;
             }
-            if !shadow.give(&question, Request { head, answer })? {
+            if !shadow.give(&question, request)? {
                 // Goes on when an answer makes room.
                 queue.undo_pop();
                 Metrics::add(&self.metrics.waits, 1);
@@ -187,7 +188,7 @@ impl Handler {
                 break;
             }
             given += 1;
-            Metrics::add(&self.metrics.bytes_out, queue::total(&question));
+            Metrics::add(&self.metrics.bytes_out, asked);
         }
         if given > 0 {
             Metrics::add(&self.metrics.requests, given);

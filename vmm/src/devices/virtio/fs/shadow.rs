@@ -47,6 +47,13 @@ pub struct Request {
     pub answer: Vec<Piece>,
 }
 
+impl Request {
+    /// How many bytes of an answer there is room for.
+    pub fn room(&self) -> usize {
+        self.answer.iter().map(|piece| piece.length).fold(0, usize::saturating_add)
+    }
+}
+
 /// A request, and the chunks that it has: those with the question first.
 #[derive(Debug)]
 struct Given {
@@ -161,7 +168,7 @@ impl Shadow {
     /// Never: its memory is there.
     pub fn give(&mut self, question: &Slices<'_>, request: Request) -> Result<bool, GuestMemoryError> {
         let asked = queue::total(question);
-        let room = request.answer.iter().map(|piece| piece.length).sum();
+        let room = request.room();
         let (questions, answers) = (chunks(asked), chunks(room));
         if questions + answers > self.free.len() {
             return Ok(false);
@@ -219,8 +226,7 @@ impl Shadow {
         let Given { request, chunks, questions } =
             given.ok_or(Lost::Nonsense("has answered what it was not asked"))?;
         self.next_used = self.next_used.wrapping_add(1);
-        let room: usize = request.answer.iter().map(|piece| piece.length).sum();
-        let length = room.min(u32::from_le(length) as usize);
+        let length = request.room().min(u32::from_le(length) as usize);
         let answer = chunks.iter().skip(questions).zip(pieces(length));
         let answer = answer.map(|(chunk, length)| self.memory.get_slice(self.chunk(*chunk), length as usize));
         let taken = take(&request, &answer.collect::<Result<_, _>>().map_err(gone)?);

@@ -2,13 +2,13 @@
 //! DEVICE_STATE, in which the backend chooses the form.
 
 use std::fs::File;
-use std::io::{self, Read, Seek, Write};
-use std::os::fd::FromRawFd;
+use std::io::{Read, Seek, Write};
 
 use vhost::vhost_user::message::{VhostTransferStateDirection, VhostTransferStatePhase};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 
 use super::frontend::{Backend, Lost};
+use crate::memory::memory_file;
 
 /// Most bytes of state: some hundred for each file that the guest knows.
 const MAX_STATE: u64 = 256 << 20;
@@ -55,13 +55,7 @@ impl Backend {
                 "the means to save what it knows of the guest (virtiofsd 1.11 or later has them)",
             ));
         }
-        // SAFETY: the name is a C string.
-        let fd = unsafe { libc::memfd_create(c"file-server-state".as_ptr(), libc::MFD_CLOEXEC) };
-        if fd < 0 {
-            return Err(io::Error::last_os_error().into());
-        }
-        // SAFETY: just opened, and owned by nobody else.
-        Ok(unsafe { File::from_raw_fd(fd) })
+        Ok(memory_file(c"file-server-state", libc::MFD_CLOEXEC)?)
     }
 }
 
